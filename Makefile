@@ -1,0 +1,43 @@
+# Every target does the set-up it needs; `make` alone lists them.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test check bench dev lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+install: $(INSTALLED) ## environment in .venv, from the lock
+
+$(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install ## the main job end to end on embedded databases, with sample data
+	$(BIN)/everruns-pipelines demo
+
+test: install ## the tests
+	$(BIN)/pytest -n 2 --dist loadfile
+
+check: install ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install ## the benchmarks, as ratios in one run
+	$(BIN)/python -m benchmarks
+
+dev: install ## Dagster's UI on http://127.0.0.1:3000
+	$(BIN)/everruns-pipelines dev
+
+lock: install ## renew the lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --all-extras --group dev pyproject.toml -o requirements.lock
+
+clean: ## remove the environment and the embedded databases
+	rm -rf $(VENV) .everruns

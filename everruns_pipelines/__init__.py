@@ -1,0 +1,1 @@
+"""Keeps an agent platform's derived data, reporting facts and items, equal to its source."""

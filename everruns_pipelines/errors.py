@@ -1,0 +1,79 @@
+"""Refusals: what was wrong and what is allowed, rendered as each API of the platform renders it.
+
+A refusal is raised before anything is touched. What fails later is an ordinary exception and
+fails the run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """An environment variable is set but wrong; the message names it and what is expected."""
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One wrong field of a request: where (`loc`), what is allowed (`msg`), which kind (`type`)."""
+
+    loc: tuple[str, ...]
+    msg: str
+    type: str = "value_error"
+
+
+class Refusal(Exception):
+    """A request that is not carried out.
+
+    Args:
+        detail: what was wrong and what is allowed, for a person. Never payload, never a secret.
+        code: a stable word for programs, such as `validation_error` or `not_found_error`.
+        status: the HTTP status the platform's API answers with.
+        allowed_actions: what the caller can do instead.
+        errors: the fields at fault.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str = "validation_error",
+        status: int = 400,
+        allowed_actions: tuple[str, ...] = (),
+        errors: tuple[FieldError, ...] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code
+        self.status = status
+        self.allowed_actions = allowed_actions
+        self.errors = errors
+
+    def as_problem_details(self) -> dict[str, Any]:
+        """The reporting API's form (RFC 9457 problem details)."""
+        return {
+            "title": _TITLES[self.code],
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "allowed_actions": list(self.allowed_actions),
+        }
+
+    def as_items_error(self) -> dict[str, Any]:
+        """The items API's form."""
+        error: dict[str, Any] = {"code": self.code, "detail": self.detail, "type": self.code}
+        if self.errors:
+            error["errors"] = [
+                {"loc": list(field.loc), "msg": field.msg, "type": field.type}
+                for field in self.errors
+            ]
+        return error
+
+
+_TITLES = {
+    "validation_error": "The request is not valid",
+    "not_found_error": "Not found",
+    "incompatible_schema": "The database lacks what is needed",
+    "unavailable": "The database cannot be reached",
+    "permission_denied": "The database refuses access",
+    "locked": "Another backfill or repair is running",
+}

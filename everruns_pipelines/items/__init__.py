@@ -1,0 +1,1 @@
+"""Items: re-materialized from the spans that reported them."""

@@ -1,0 +1,80 @@
+"""Connections to the PostgreSQL that holds the platform's tables."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import TupleRow
+
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.settings import Settings
+
+Connection = psycopg.Connection[TupleRow]
+
+# Days are UTC days whatever the server's zone. JIT compiles for a second what runs in a tenth.
+_SESSION_OPTIONS = "-c timezone=UTC -c jit=off"
+
+
+@dataclass(frozen=True)
+class PostgresResource:
+    """The configured PostgreSQL, else the embedded one, which is started on first use."""
+
+    settings: Settings
+
+    @contextmanager
+    def connect(self) -> Generator[Connection]:
+        """A connection in autocommit mode, closed at the end: group statements with `transaction`.
+
+        Raises:
+            Refusal: the server cannot be reached or does not let us in.
+        """
+        with _connected(self.url) as connection:
+            yield connection
+
+    @property
+    def url(self) -> str:
+        """The connection URL. Holds a password: never to be printed."""
+        if self.settings.postgres_url is not None:
+            return self.settings.postgres_url.get_secret_value()
+        from everruns_pipelines.embedded.servers import embedded_postgres_url
+
+        return embedded_postgres_url(self.settings.home)
+
+
+@contextmanager
+def _connected(url: str) -> Generator[Connection]:
+    try:
+        connection = psycopg.connect(
+            url,
+            autocommit=True,
+            connect_timeout=10,
+            application_name="everruns_pipelines",
+            options=_SESSION_OPTIONS,
+        )
+    except psycopg.OperationalError as error:
+        # libpq's message names host and user, never the password.
+        raise Refusal(
+            f"PostgreSQL cannot be used: {str(error).strip()}. "
+            "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
+            code="unavailable",
+            status=503,
+        ) from None
+    with connection:
+        yield connection
+
+
+@contextmanager
+def transaction(connection: Connection, *, work_mem: str | None = None) -> Generator[None]:
+    """One transaction: all of it or nothing.
+
+    Args:
+        work_mem: memory for each sort or hash of this transaction, in PostgreSQL's units ("64MB").
+    """
+    with connection.transaction():
+        if work_mem is not None:
+            setting: Any = sql.SQL("SET LOCAL work_mem = {}").format(sql.Literal(work_mem))
+            connection.execute(setting)
+        yield

@@ -1,0 +1,1 @@
+"""Reporting facts: projected from canonical rows through the outbox, compared, backfilled."""

@@ -1,0 +1,113 @@
+"""The environment, read once: every variable a user can set, its default, and its error.
+
+Nothing else in the package reads `os.environ` for configuration.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
+
+from everruns_pipelines.errors import SettingsError
+
+_POSTGRES_URL = "postgresql://user:password@host:port/database"
+_CLICKHOUSE_DSN = "clickhouse[s]://user:password@host:port/database, or chdb:///path"
+_SPANS_TABLE = "a table name, optionally with its database: otel_traces or otel.otel_traces"
+
+
+def _with_scheme(*schemes: str) -> AfterValidator:
+    def check(value: SecretStr) -> SecretStr:
+        scheme, separator, rest = value.get_secret_value().partition("://")
+        if not (separator and rest and scheme in schemes):
+            raise ValueError("not such a URL")
+        return value
+
+    return AfterValidator(check)
+
+
+def _a_year_back() -> date:
+    """The first of this month a year ago: it moves once a month, not with every reload."""
+    today = datetime.now(UTC).date()
+    return today.replace(year=today.year - 1, day=1)
+
+
+def _iso_day(value: Any) -> Any:
+    return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _not_in_the_future(value: date) -> date:
+    if value > datetime.now(UTC).date():
+        raise ValueError("in the future")
+    return value
+
+
+class Settings(BaseModel):
+    """What the environment says. URLs are secrets: they never print."""
+
+    model_config = ConfigDict(frozen=True)
+
+    postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = Field(
+        None, alias="EVERRUNS_POSTGRES_URL", description=_POSTGRES_URL
+    )
+    clickhouse_dsn: (
+        Annotated[SecretStr, _with_scheme("clickhouse", "clickhouses", "chdb")] | None
+    ) = Field(None, alias="EVERRUNS_CLICKHOUSE_DSN", description=_CLICKHOUSE_DSN)
+    object_store_url: str | None = Field(
+        None,
+        alias="EVERRUNS_OBJECT_STORE_URL",
+        pattern=r"^[a-z][a-z0-9+.-]*://.+",
+        description="a URL prefix such as s3://bucket/prefix",
+    )
+    spans_table: str = Field(
+        "otel_traces",
+        alias="EVERRUNS_SPANS_TABLE",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?$",
+        description=_SPANS_TABLE,
+    )
+    home: Path = Field(
+        Path(".everruns"), alias="EVERRUNS_HOME", description="a directory that may be created"
+    )
+    reporting_start: Annotated[
+        date, BeforeValidator(_iso_day), AfterValidator(_not_in_the_future)
+    ] = Field(
+        default_factory=_a_year_back,
+        alias="EVERRUNS_REPORTING_START",
+        description="a day not in the future, YYYY-MM-DD",
+    )
+    reporting_max_attempts: int = Field(
+        12,
+        alias="EVERRUNS_REPORTING_MAX_ATTEMPTS",
+        ge=1,
+        le=1000,
+        description="a whole number from 1 to 1000",
+    )
+    dagster_postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = (
+        Field(None, alias="EVERRUNS_DAGSTER_POSTGRES_URL", description=_POSTGRES_URL)
+    )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read the variables. An empty one counts as unset.
+
+        Raises:
+            SettingsError: a variable is set but wrong; names it and what is expected, and never
+                repeats its value, which may hold a password.
+        """
+        fields = {str(field.alias): field for field in cls.model_fields.values()}
+        given = {name: environment[name] for name in fields if environment.get(name)}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            name = str(error.errors(include_input=False)[0]["loc"][0])
+            raise SettingsError(f"{name}: expected {fields[name].description}") from None

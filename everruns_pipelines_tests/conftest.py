@@ -1,0 +1,53 @@
+"""One embedded PostgreSQL for a whole test process; a database of its own for every test."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.settings import Settings
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EVERRUNS_HOME of the embedded servers that the tests use."""
+    return tmp_path_factory.mktemp("everruns")
+
+
+@pytest.fixture
+def postgres_url(home: Path) -> Iterator[str]:
+    """A fresh database with the platform's schema."""
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE everruns STRATEGY FILE_COPY").format(
+                sql.Identifier(name)
+            )
+        )
+        yield embedded_postgres_url(home, name)
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def settings(postgres_url: str, home: Path) -> Settings:
+    return Settings.from_environment(
+        {"EVERRUNS_POSTGRES_URL": postgres_url, "EVERRUNS_HOME": str(home)}
+    )
+
+
+@pytest.fixture
+def postgres(settings: Settings) -> PostgresResource:
+    return PostgresResource(settings)
+
+
+@pytest.fixture
+def connection(postgres: PostgresResource) -> Iterator[Connection]:
+    with postgres.connect() as connection:
+        yield connection
