@@ -1,0 +1,819 @@
+"""A believable, seeded reporting data set of any size, for demos, tests and benchmarks.
+
+Three organizations of unequal size, their agents and capabilities, and sessions of about 60 events
+each. Sessions are told one after the other in the order they began, and copied a few hundred at a
+time, so memory does not grow with the data.
+"""
+
+import json
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+from psycopg import sql
+
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.postgres import Connection, transaction
+
+_EVENTS_PER_SESSION = 60
+_EVENTS_PER_COPY = 20_000
+_PROJECTED_TYPES = frozenset(
+    {
+        "tool.completed",
+        "capability.usage",
+        "output.message.replaced",
+        "turn.completed",
+        "turn.failed",
+        "turn.cancelled",
+    }
+)
+_REASONS = {
+    "event": "event_projection",
+    "session": "session_snapshot",
+    "llm_generation": "llm_generation_projection",
+    "usage_ledger": "budget_posting_projection",
+}
+# How busy each hour of a UTC day is, from midnight on.
+_HOURS = (2, 1, 1, 1, 2, 3, 6, 12, 20, 26, 28, 26, 20, 24, 28, 28, 26, 22, 16, 12, 9, 7, 5, 3)
+_WEEKEND = 0.35
+
+# Name, how many sessions of a hundred, and how many people.
+_ORGANIZATIONS = (("Northwind", 62, 40), ("Acme", 29, 14), ("Lumen", 9, 5))
+_PEOPLE = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Igor", "Jun")
+_AGENTS = ("support", "research", "billing", "release-notes", "data-analyst", "onboarding")
+_HARNESSES = ("generic", "coding", "chat")
+_APPS = ("helpdesk", "handbook", "sales-room")
+_BLUEPRINTS = ("ticket-triage", "weekly-report", "code-review")
+_BUILTIN = {
+    "web_search": "Web search",
+    "session_file_system": "File system",
+    "python": "Python",
+    "memory": "Memory",
+    "task_list": "Task list",
+}
+_MCP_SERVERS = ("github", "linear")
+_SKILLS = ("pdf-forms", "release-checklist")
+_DECLARATIVE = (("tone-of-voice", "Tone of voice"), ("refund-rules", None))
+_GUARDRAILS = ("pii_guardrail", "prompt_injection_guardrail")
+# Tool, what people see, its capability if it has one, its usual duration in ms.
+_TOOLS = (
+    ("read_file", "Read file", None, 15),
+    ("write_file", "Write file", None, 25),
+    ("bash", "Run command", None, 1900),
+    ("grep", "Search files", None, 60),
+    ("list_tickets", "List tickets", None, 320),
+    ("send_message", "Send message", None, 210),
+    ("web_search", "Search the web", "web_search", 840),
+    ("web_fetch", "Fetch page", "web_search", 1300),
+    ("python", "Run Python", "python", 2600),
+)
+_TOOL_CALLS_PER_TURN = (0, 1, 2, 2, 3, 3, 4, 5, 7, 12)
+_TOOL_STATUSES = ("success",) * 92 + ("error",) * 5 + ("timeout",) * 2 + ("cancelled",)
+_TURN_ENDS = ("completed",) * 92 + ("failed",) * 5 + ("cancelled",) * 3
+_MODELS = (
+    ("claude-sonnet-4-5", "anthropic", 3.0, 15.0),  # US dollars per million tokens, in and out
+    ("claude-haiku-4-5", "anthropic", 1.0, 5.0),
+    ("gpt-5", "openai", 1.25, 10.0),
+    ("gpt-5-mini", "openai", 0.25, 2.0),
+)
+_REQUESTS = (
+    "Why was order 4711 charged twice?",
+    "Summarize the open tickets of this week.",
+    "The deploy of last night failed, please find out why.",
+    "Draft an answer to the customer, friendly but short.",
+    "Which invoices are overdue by more than 30 days?",
+)
+_ANSWERS = (
+    "The second charge is a reservation; it is released within three days.",
+    "Twelve tickets are open, four of them wait for the customer.",
+    "The migration ran out of disk space; I freed some and it went through.",
+    "I have put a draft into the conversation, please have a look.",
+)
+# What a turn says besides the events that project, the most telling first.
+_CHATTER = ("input.message", "output.message.completed", "llm.generation", "turn.started")
+
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class SampleData:
+    """What `load_sample_data` wrote.
+
+    Attributes:
+        rows: rows per table.
+        sources: rows per source type of the outbox that need a projection. What the outbox lacks
+            of them is for a backfill to find.
+        since: no session, event, generation or posting is older.
+        until: none is younger.
+    """
+
+    rows: dict[str, int]
+    sources: dict[str, int]
+    since: datetime
+    until: datetime
+
+
+def load_sample_data(
+    connection: Connection,
+    *,
+    events: int = 20_000,
+    days: int = 14,
+    seed: int = 7,
+    until: datetime | None = None,
+    projected_share: float = 0.6,
+    enqueued_share: float = 0.9,
+) -> SampleData:
+    """Fill the platform's tables of an empty database, in one transaction. Facts stay empty.
+
+    The same arguments, `until` included, give the same rows, ids included.
+
+    Args:
+        connection: of a superuser: the load bypasses triggers and foreign keys.
+        events: how many events. The last session finishes its turn, so it can be a few more.
+        days: how many days before `until` the data spreads over.
+        seed: another seed, another data set.
+        until: the end of the data, with a time zone; now by default.
+        projected_share: which share of the events projects to facts, above 0 and up to 1.
+        enqueued_share: which share of what projects stands in the outbox, from 0 to 1.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        Refusal: the database already holds organizations.
+        psycopg.errors.InsufficientPrivilege: the user is no superuser.
+    """
+    if events < 1 or days < 1 or not 0 < projected_share <= 1 or not 0 <= enqueued_share <= 1:
+        raise ValueError(
+            "expected events and days from 1 on, projected_share above 0 and up to 1, "
+            "enqueued_share from 0 to 1"
+        )
+    until = (until or datetime.now(UTC)).astimezone(UTC)
+    since = until - timedelta(days=days)
+    dice = _Dice(seed)
+    with transaction(connection, work_mem=None):
+        if connection.execute("SELECT FROM organizations LIMIT 1").fetchone():
+            raise Refusal("sample data needs an empty database; this one holds organizations")
+        # The triggers would set every session's updated_at to now; the rows below carry the
+        # counters that they keep.
+        connection.execute("SET LOCAL session_replication_role = replica")
+        tables = _Tables(connection)
+        queue = _Queue(tables, dice, enqueued_share)
+        orgs = [
+            _found_organization(tables, dice, number, since)
+            for number in range(1, len(_ORGANIZATIONS) + 1)
+        ]
+        connection.execute("SELECT setval('organizations_org_id_seq', %s)", [len(orgs)])
+        chances = [share for _, share, _ in _ORGANIZATIONS]
+        sessions = max(1, round(events / _EVENTS_PER_SESSION))
+        for number, begun in enumerate(_session_starts(dice, sessions, since, until)):
+            [org] = dice.choices(orgs, chances)
+            session = _Session(tables, queue, dice, org, begun, until)
+            # Sizes vary, their sum does not drift: each session tells events up to its quota.
+            quota = min(events, events * (number + dice.uniform(0.5, 1.5)) / sessions)
+            session.take_turns(quota if number + 1 < sessions else events, projected_share)
+            session.close()
+            if tables.waiting("events") >= _EVENTS_PER_COPY:
+                tables.flush()
+        for org in orgs:
+            _close_budgets(tables, org, until)
+        tables.flush()
+        tables.analyze()
+    return SampleData(dict(tables.counts), dict(queue.sources), since, until)
+
+
+class _Dice(Random):
+    def chance(self, probability: float) -> bool:
+        return self.random() < probability
+
+    def uuid(self, at: datetime) -> str:
+        """A UUIDv7: the time in ms, then chance."""
+        bits = self.getrandbits(74)
+        value = (
+            int(at.timestamp() * 1000) << 80
+            | 0x7 << 76
+            | (bits >> 62) << 64
+            | 0b10 << 62
+            | bits & (1 << 62) - 1
+        )
+        text = f"{value:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    def public_id(self, prefix: str) -> str:
+        return f"{prefix}_{self.getrandbits(128):032x}"
+
+
+class _Tables:
+    """Rows on their way to their tables: held until `flush` copies them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.counts: Counter[str] = Counter()
+        self._connection = connection
+        self._columns: dict[str, tuple[str, ...]] = {}
+        self._rows: dict[str, list[tuple[Any, ...]]] = {}
+
+    def add(self, table: str, /, **row: Any) -> None:
+        """Every row of a table gives the same columns in the same order."""
+        if table not in self._columns:
+            self._columns[table] = tuple(row)
+            self._rows[table] = []
+        self._rows[table].append(tuple(row.values()))
+        self.counts[table] += 1
+
+    def waiting(self, table: str) -> int:
+        return len(self._rows.get(table, ()))
+
+    def flush(self) -> None:
+        with self._connection.cursor() as cursor:
+            for table, rows in self._rows.items():
+                statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+                    sql.Identifier(table),
+                    sql.SQL(", ").join(map(sql.Identifier, self._columns[table])),
+                )
+                with cursor.copy(statement) as copy:
+                    for row in rows:
+                        copy.write_row(row)
+                rows.clear()
+
+    def analyze(self) -> None:
+        """In the transaction: planners know the tables from the moment others see the rows."""
+        names = sql.SQL(", ").join(map(sql.Identifier, self._columns))
+        self._connection.execute(sql.SQL("ANALYZE {}").format(names))
+
+
+class _Queue:
+    """The application's side of the outbox: it enqueues most of what needs a projection."""
+
+    def __init__(self, tables: _Tables, dice: _Dice, share: float) -> None:
+        self.sources: Counter[str] = Counter()
+        self._tables = tables
+        self._dice = dice
+        self._share = share
+
+    def enqueue(
+        self, source_type: str, org_id: int, source_id: str, version: str, at: datetime
+    ) -> None:
+        self.sources[source_type] += 1
+        if not self._dice.chance(self._share):
+            return
+        self._tables.add(
+            "reporting_outbox",
+            id=self._dice.uuid(at),
+            org_id=org_id,
+            source_type=source_type,
+            source_id=source_id,
+            source_version=version,
+            reason=_REASONS[source_type],
+            next_attempt_at=at,
+            created_at=at,
+            updated_at=at,
+        )
+
+
+@dataclass
+class _Budget:
+    id: str
+    subject_type: str
+    subject_id: str
+    limit: float
+    spent: float = 0.0
+
+
+@dataclass
+class _Organization:
+    id: int
+    begun: datetime
+    owners: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
+    workspaces: list[str] = field(default_factory=list[str])
+    apps: list[str] = field(default_factory=list[str])
+    agents: list[str] = field(default_factory=list[str])
+    harnesses: list[str] = field(default_factory=list[str])
+    capabilities: dict[str, str] = field(default_factory=dict[str, str])
+    budgets: list[_Budget] = field(default_factory=list[_Budget])
+
+
+def _found_organization(
+    tables: _Tables, dice: _Dice, number: int, since: datetime
+) -> _Organization:
+    """An organization as it stood before its first session."""
+    name, _, people = _ORGANIZATIONS[number - 1]
+    org = _Organization(number, since - timedelta(days=90))
+    public_id = dice.public_id("org")
+    _add_people(tables, dice, org, name, people)
+    tables.add(
+        "organizations",
+        org_id=org.id,
+        public_id=public_id,
+        name=name,
+        created_at=org.begun,
+        updated_at=org.begun,
+        created_by=org.owners[0][1],
+    )
+    for app in _APPS:
+        org.apps.append(dice.uuid(org.begun))
+        tables.add("apps", id=org.apps[-1], org_id=org.id, name=app)
+    _add_capabilities(tables, dice, org, name)
+    _add_agents(tables, dice, org)
+    subjects = [("org", public_id), *(("agent", agent) for agent in org.agents[:2])]
+    org.budgets = [_Budget(dice.uuid(org.begun), *subject, limit=5000.0) for subject in subjects]
+    return org
+
+
+def _add_people(tables: _Tables, dice: _Dice, org: _Organization, name: str, people: int) -> None:
+    for number in range(people):
+        person = f"{_PEOPLE[number % len(_PEOPLE)]} {number + 1}"
+        user_id = dice.uuid(org.begun)
+        tables.add(
+            "users",
+            id=user_id,
+            email=f"{person.lower().replace(' ', '.')}@{name.lower()}.example",
+            name=person,
+            email_verified=True,
+            created_at=org.begun,
+            updated_at=org.begun,
+        )
+        user = _add_principal(tables, dice, org, "user", user_id, None, user_id)
+        if number % 5 == 0:  # some people lend their rights to an agent
+            _add_principal(tables, dice, org, "agent_identity", dice.uuid(org.begun), user, user_id)
+    _add_principal(tables, dice, org, "system", None, None, None)
+    for number in range(1 + people // 8):
+        owner, user_id = org.owners[number]
+        org.workspaces.append(dice.uuid(org.begun))
+        tables.add(
+            "workspaces",
+            id=org.workspaces[-1],
+            org_id=org.id,
+            public_id=dice.public_id("wsp"),
+            name=f"Workspace {number + 1}",
+            owner_principal_id=owner,
+            resolved_owner_user_id=user_id,
+            created_at=org.begun,
+            updated_at=org.begun,
+        )
+
+
+def _add_principal(
+    tables: _Tables,
+    dice: _Dice,
+    org: _Organization,
+    kind: str,
+    subject_id: str | None,
+    parent_id: str | None,
+    user_id: str | None,
+) -> str:
+    principal_id = dice.uuid(org.begun)
+    org.owners.append((principal_id, user_id))
+    tables.add(
+        "principals",
+        id=principal_id,
+        public_id=dice.public_id("principal"),
+        org_id=org.id,
+        kind=kind,
+        subject_id=subject_id,
+        parent_principal_id=parent_id,
+        resolved_user_id=user_id,
+        created_at=org.begun,
+        updated_at=org.begun,
+    )
+    return principal_id
+
+
+def _add_capabilities(tables: _Tables, dice: _Dice, org: _Organization, name: str) -> None:
+    """Every flavour of capability the organization can configure, as its sessions name it."""
+    org.capabilities.update(_BUILTIN)
+    dates = {"created_at": org.begun, "updated_at": org.begun}
+    for server in _MCP_SERVERS:
+        server_id, server_name = dice.uuid(org.begun), f"{name.lower()}-{server}"
+        org.capabilities[f"mcp:{server_id}"] = server_name
+        url = f"https://{server}.{name.lower()}.example/mcp"
+        tables.add("mcp_servers", id=server_id, org_id=org.id, name=server_name, url=url, **dates)
+    for skill in _SKILLS:
+        skill_id = dice.uuid(org.begun)
+        org.capabilities[f"skill:{skill_id}"] = skill
+        tables.add(
+            "skills",
+            id=skill_id,
+            public_id=dice.public_id("skill"),
+            org_id=org.id,
+            name=skill,
+            description=f"How to deal with {skill}.",
+            instructions="Read the checklist first.",
+            **dates,
+        )
+    for capability, display_name in _DECLARATIVE:
+        org.capabilities[f"declarative:{capability}"] = display_name or capability
+        tables.add(
+            "declarative_capabilities",
+            id=dice.uuid(org.begun),
+            org_id=org.id,
+            public_id=dice.public_id("cap"),
+            name=capability,
+            display_name=display_name,
+            description="Rules that every answer follows.",
+            **dates,
+        )
+
+
+def _add_agents(tables: _Tables, dice: _Dice, org: _Organization) -> None:
+    dates = {"created_at": org.begun, "updated_at": org.begun}
+    for agent in _AGENTS:
+        org.agents.append(dice.uuid(org.begun))
+        tables.add(
+            "agents",
+            id=org.agents[-1],
+            org_id=org.id,
+            name=agent,
+            system_prompt=f"You are the {agent} agent. Be brief and correct.",
+            **dates,
+        )
+        for position, capability in enumerate(dice.sample(list(org.capabilities), 3)):
+            tables.add(
+                "agent_capabilities",
+                id=dice.uuid(org.begun),
+                agent_id=org.agents[-1],
+                capability_id=capability,
+                position=position,
+                created_at=org.begun,
+            )
+    for harness in _HARNESSES:
+        org.harnesses.append(dice.uuid(org.begun))
+        tables.add(
+            "harnesses",
+            id=org.harnesses[-1],
+            org_id=org.id,
+            name=harness,
+            display_name=harness.title(),
+            system_prompt="Use the tools you have.",
+            **dates,
+        )
+        for position, capability in enumerate(dice.sample(list(org.capabilities), 2)):
+            tables.add(
+                "harness_capabilities",
+                id=dice.uuid(org.begun),
+                harness_id=org.harnesses[-1],
+                capability_id=capability,
+                position=position,
+                created_at=org.begun,
+            )
+
+
+def _close_budgets(tables: _Tables, org: _Organization, until: datetime) -> None:
+    for budget in org.budgets:
+        balance = budget.limit - budget.spent
+        tables.add(
+            "budgets",
+            id=budget.id,
+            org_id=org.id,
+            subject_type=budget.subject_type,
+            subject_id=budget.subject_id,
+            currency="usd",
+            limit=budget.limit,
+            balance=balance,
+            status="active" if balance > 0 else "exhausted",
+            created_at=org.begun,
+            updated_at=until,
+        )
+
+
+def _session_starts(
+    dice: _Dice, sessions: int, since: datetime, until: datetime
+) -> Iterator[datetime]:
+    """When sessions begin, ascending: most of them by day, few on weekends, none in the last hour.
+
+    The n-th start lies in the n-th of equal slices of all activity, so nothing has to be sorted.
+    """
+    hours = [since + timedelta(hours=hour) for hour in range(int((until - since).days * 24 - 1))]
+    activity = [_HOURS[hour.hour] * (_WEEKEND if hour.weekday() >= 5 else 1.0) for hour in hours]
+    reached = list(accumulate(activity))
+    for number in range(sessions):
+        place = reached[-1] * (number + dice.random()) / sessions
+        hour = min(bisect(reached, place), len(hours) - 1)
+        fraction = 1 - (reached[hour] - place) / activity[hour]
+        yield hours[hour] + timedelta(milliseconds=int(fraction * 3_600_000))
+
+
+class _Session:
+    """One session: its turns event by event, and at the end its own row with their sums."""
+
+    def __init__(
+        self,
+        tables: _Tables,
+        queue: _Queue,
+        dice: _Dice,
+        org: _Organization,
+        begun: datetime,
+        until: datetime,
+    ) -> None:
+        self._tables = tables
+        self._queue = queue
+        self._dice = dice
+        self._org = org
+        self._begun = begun
+        self._until = until
+        self._now = begun
+        self._id = dice.uuid(begun)
+        self._principal_id, self._user_id = dice.choice(org.owners)
+        # Blueprints and bare API sessions know no agent.
+        self._agent_id = dice.choice(org.agents) if dice.chance(0.93) else None
+        self._harness_id = dice.choice(org.harnesses) if dice.chance(0.9) else None
+        self._model = dice.choice(_MODELS)
+        self._sequence = 0
+        self._context = "{}"
+        self._tokens = Counter[str]()
+        self._cost = 0.0
+        self._turns = 0
+        self._tool_calls = 0
+        self._last_turn: tuple[str | None, datetime | None, int | None] = (None, None, None)
+
+    def take_turns(self, quota: float, projected_share: float) -> None:
+        """At least one turn, then as many as it takes until `quota` events are told in all."""
+        if self._dice.chance(0.2):
+            self._infer_in_background()
+        while True:
+            self._take_turn(projected_share)
+            if self._tables.counts["events"] >= quota:
+                return
+            self._pass_time(self._dice.expovariate(1 / 90_000))
+            # Now and then somebody comes back the next day.
+            if self._dice.chance(0.005) and self._now + timedelta(hours=20) < self._until:
+                self._pass_time(20 * 3_600_000)
+
+    def _take_turn(self, projected_share: float) -> None:
+        dice = self._dice
+        begun = self._now
+        turn_id = dice.uuid(begun)
+        self._context = _json({"turn_id": turn_id, "exec_id": dice.uuid(begun)})
+        calls = dice.choice(_TOOL_CALLS_PER_TURN)
+        reports_usage, is_guarded = dice.chance(0.4), dice.chance(0.05)
+        end = dice.choice(_TURN_ENDS)
+
+        # As much besides as the share asks for: first the messages, then starts, then deltas.
+        projected = calls + reports_usage + is_guarded + 1
+        besides = int(projected * (1 - projected_share) / projected_share + dice.random())
+        chatter = _CHATTER[:besides]
+        starts = min(besides - len(chatter), calls)
+        deltas = besides - len(chatter) - starts
+
+        if "input.message" in chatter:
+            self._emit("input.message", {"text": dice.choice(_REQUESTS)}, after_ms=5)
+        if "turn.started" in chatter:
+            self._emit("turn.started", {"turn_id": turn_id}, after_ms=20)
+        usage = self._generate(turn_id, is_told="llm.generation" in chatter)
+        for call in range(calls):
+            self._call_tool(is_told=call < starts)
+        if reports_usage:
+            self._emit("capability.usage", {"records": self._usage_records()}, after_ms=3)
+        for _ in range(deltas):
+            self._emit("output.message.delta", {"text": "..."}, after_ms=40)
+        if "output.message.completed" in chatter:
+            self._emit("output.message.completed", {"text": dice.choice(_ANSWERS)}, after_ms=900)
+        if is_guarded:
+            replaced = {"guardrail_capability_id": dice.choice(_GUARDRAILS), "reason": "policy"}
+            self._emit("output.message.replaced", replaced, after_ms=30)
+        self._pass_time(8)
+        ended = {
+            "turn_id": turn_id,
+            "iterations": calls + 1,
+            "duration_ms": _milliseconds(begun, self._now),
+            "usage": usage,
+        }
+        self._emit(f"turn.{end}", ended, after_ms=0)
+        self._turns += 1
+        self._last_turn = (end, self._now, self._sequence)
+
+    def _emit(self, event_type: str, data: dict[str, Any], *, after_ms: float) -> str:
+        self._pass_time(after_ms)
+        event_id = self._dice.uuid(self._now)
+        self._sequence += 1
+        self._tables.add(
+            "events",
+            id=event_id,
+            session_id=self._id,
+            sequence=self._sequence,
+            event_type=event_type,
+            data=_json(data),
+            ts=self._now,
+            context=self._context,
+            created_at=self._now,
+        )
+        if event_type in _PROJECTED_TYPES:
+            self._queue.enqueue("event", self._org.id, event_id, event_id, self._now)
+        return event_id
+
+    def _pass_time(self, milliseconds: float) -> None:
+        """Events tell whole milliseconds, and never the future."""
+        self._now = min(self._now + timedelta(milliseconds=int(milliseconds)), self._until)
+
+    def _call_tool(self, *, is_told: bool) -> None:
+        dice = self._dice
+        tool, display_name, capability, usual_ms = dice.choice(_TOOLS)
+        call_id = f"call_{dice.getrandbits(64):016x}"
+        if is_told:
+            self._emit("tool.started", {"tool_call_id": call_id, "tool_name": tool}, after_ms=10)
+        status = dice.choice(_TOOL_STATUSES)
+        duration_ms = 30_000 if status == "timeout" else int(usual_ms * dice.uniform(0.4, 2.5)) + 1
+        data: dict[str, Any] = {
+            "tool_call_id": call_id,
+            "tool_name": tool,
+            "display_name": display_name,
+            "success": status == "success",
+            "duration_ms": duration_ms,
+            "result": "ok" if status == "success" else f"{tool}: {status}",
+        }
+        if status != "success" or dice.chance(0.7):  # older tools tell success alone
+            data["status"] = status
+        if capability:
+            data |= {"capability_id": capability, "capability_name": _BUILTIN[capability]}
+        self._emit("tool.completed", data, after_ms=duration_ms)
+        self._tool_calls += 1
+
+    def _usage_records(self) -> list[dict[str, Any]]:
+        dice = self._dice
+        records: list[dict[str, Any]] = []
+        for capability, name in dice.sample(
+            list(self._org.capabilities.items()), dice.randint(1, 4)
+        ):
+            kind = dice.choice(("resolved", "exposed", "exposed", "invoked"))
+            record = {"capability_id": capability, "capability_name": name, "usage_kind": kind}
+            if kind == "invoked":
+                tool, duration_ms = dice.choice(_TOOLS)[0], dice.randint(5, 2000)
+                record |= {"tool_name": tool, "usage_count": 1, "duration_ms": duration_ms}
+            records.append(record)
+        return records
+
+    def _generate(self, turn_id: str, *, is_told: bool) -> dict[str, int]:
+        """One answer of the model: its generation, its posting, perhaps its event; its tokens."""
+        dice = self._dice
+        model, provider, in_price, out_price = self._model
+        usage = {
+            "input_tokens": dice.randint(200, 9_000),
+            "output_tokens": dice.randint(20, 1_500),
+            "cache_read_tokens": dice.randint(0, 40_000),
+            "cache_creation_tokens": dice.randint(0, 3_000),
+        }
+        duration_ms = usage["output_tokens"] * 12 + dice.randint(200, 900)
+        told = {"model": model, "duration_ms": duration_ms, "usage": usage}
+        if is_told:
+            event_id = self._emit("llm.generation", told, after_ms=duration_ms)
+        else:
+            event_id = None
+            self._pass_time(duration_ms)
+        cost = usage["input_tokens"] * in_price + usage["output_tokens"] * out_price
+        cost = round((cost + usage["cache_read_tokens"] * in_price / 10) / 1e6, 6)
+        generation = self._add_generation(
+            self._id, turn_id, event_id, usage, duration_ms, (model, provider), cost
+        )
+        if dice.chance(0.5):  # the other half runs on the customer's own keys
+            self._post(generation, turn_id, usage, cost)
+        self._tokens.update(usage)
+        self._cost += cost
+        return usage
+
+    def _infer_in_background(self) -> None:
+        """A title, say: inference that belongs to no session."""
+        usage = {
+            "input_tokens": self._dice.randint(50, 400),
+            "output_tokens": self._dice.randint(5, 30),
+            "cache_read_tokens": 0,
+            "cache_creation_tokens": 0,
+        }
+        self._add_generation(None, None, None, usage, 400, _MODELS[-1][:2], 0.0001)
+
+    def _add_generation(
+        self,
+        session_id: str | None,
+        turn_id: str | None,
+        event_id: str | None,
+        usage: dict[str, int],
+        duration_ms: int,
+        model: tuple[str, str],
+        cost: float,
+    ) -> str:
+        generation_id = self._dice.uuid(self._now)
+        self._tables.add(
+            "llm_generations",
+            id=generation_id,
+            org_id=self._org.id,
+            session_id=session_id,
+            turn_id=turn_id,
+            event_id=event_id,
+            model=model[0],
+            provider=model[1],
+            **usage,
+            duration_ms=duration_ms,
+            finish_reason=self._dice.choice(("stop", "stop", "tool_calls", "length")),
+            created_at=self._now,
+            actual_cost_usd=cost,
+            estimated_cost_usd=cost,
+        )
+        self._queue.enqueue("llm_generation", self._org.id, generation_id, generation_id, self._now)
+        return generation_id
+
+    def _post(self, generation_id: str, turn_id: str, usage: dict[str, int], cost: float) -> None:
+        """Charge a budget; now and then somebody is given the money back."""
+        dice = self._dice
+        budget = dice.choice(self._org.budgets)
+        is_credit = dice.chance(0.03)
+        amount = -cost if is_credit else cost
+        budget.spent += amount
+        journal_id, ledger_id = dice.uuid(self._now), dice.uuid(self._now)
+        whose: dict[str, Any] = {
+            "org_id": self._org.id,
+            "session_id": self._id,
+            "user_id": self._user_id,
+            "principal_id": self._principal_id,
+            "agent_id": self._agent_id,
+            "harness_id": self._harness_id,
+            "created_at": self._now,
+        }
+        self._tables.add(
+            "usage_journal",
+            id=journal_id,
+            kind="credit" if is_credit else "llm_generation",
+            source_type="llm_generation",
+            source_id=generation_id,
+            turn_id=turn_id,
+            measures=_json(usage),
+            **whose,
+        )
+        self._tables.add(
+            "usage_ledger",
+            id=ledger_id,
+            journal_id=journal_id,
+            budget_id=budget.id,
+            currency="usd",
+            amount=amount,
+            meter_source="credit" if is_credit else "llm_tokens",
+            ref_type="llm_generation",
+            ref_id=generation_id,
+            **whose,
+        )
+        self._queue.enqueue("usage_ledger", self._org.id, ledger_id, ledger_id, self._now)
+
+    def close(self) -> None:
+        """Write the session as its events left it."""
+        dice = self._dice
+        is_finished = dice.chance(0.6)
+        status = "idle" if is_finished else dice.choice(("active", "idle", "paused"))
+        # The platform's clock has microseconds; some of them are zero.
+        touched = self._now + timedelta(microseconds=dice.choice((0, 412, 1_000, 250_333)))
+        touched = min(touched, self._until)
+        last_turn_status, last_turn_at, last_turn_sequence = self._last_turn
+        self._tables.add(
+            "sessions",
+            id=self._id,
+            agent_id=self._agent_id,
+            org_id=self._org.id,
+            title=dice.choice(_REQUESTS),
+            tags=dice.sample(("vip", "trial", "internal"), dice.randint(0, 2)),
+            status=status,
+            **{f"total_{kind}": count for kind, count in self._tokens.items()},
+            created_at=self._begun,
+            updated_at=touched,
+            started_at=self._begun if is_finished or dice.chance(0.8) else None,
+            finished_at=touched if is_finished else None,
+            capabilities=_json(self._configured()),
+            harness_id=self._harness_id,
+            blueprint_id=dice.choice(_BLUEPRINTS) if dice.chance(0.15) else None,
+            owner_principal_id=self._principal_id,
+            resolved_owner_user_id=self._user_id,
+            app_id=dice.choice(self._org.apps) if dice.chance(0.4) else None,
+            workspace_id=dice.choice(self._org.workspaces),
+            turn_count=self._turns,
+            tool_call_count=self._tool_calls,
+            source=dice.choice(("chat", "chat", "api", "slack", "schedule", "webhook")),
+            last_turn_status=last_turn_status,
+            last_turn_at=last_turn_at,
+            last_turn_sequence=last_turn_sequence,
+            total_actual_cost_usd=self._cost,
+            total_estimated_cost_usd=self._cost,
+            total_cost_usd=self._cost,
+        )
+        version = _rfc3339(touched)
+        self._queue.enqueue("session", self._org.id, self._id, version, touched)
+
+    def _configured(self) -> list[str | dict[str, Any]]:
+        """The session's own capabilities, each in one of the two forms that clients send."""
+        chosen = self._dice.sample(list(self._org.capabilities), self._dice.randint(0, 3))
+        return [
+            {"ref": capability, "config": {}} if self._dice.chance(0.5) else capability
+            for capability in chosen
+        ]
+
+
+def _milliseconds(begun: datetime, ended: datetime) -> int:
+    return (ended - begun) // timedelta(milliseconds=1)
+
+
+def _rfc3339(at: datetime) -> str:
+    """UTC with `Z` and as many fraction digits as it takes: 0, 3 or 6."""
+    if at.microsecond == 0:
+        precision = "seconds"
+    elif at.microsecond % 1000 == 0:
+        precision = "milliseconds"
+    else:
+        precision = "microseconds"
+    return at.isoformat(timespec=precision).replace("+00:00", "Z")
