@@ -14,8 +14,13 @@ from psycopg import sql
 
 from everruns_pipelines.embedded.servers import embedded_postgres_url
 from everruns_pipelines.postgres import Connection
+from everruns_pipelines_tests.reporting.adversarial import (
+    load_adversarial_sources,
+    load_unstorable_sources,
+)
 from everruns_pipelines_tests.reporting.recompute import (
     FACT_TABLES,
+    USAGE_KINDS,
     FactRow,
     Json,
     Number,
@@ -56,6 +61,7 @@ NOTHING_KNOWN: FactRow = {**dict.fromkeys(DIMENSIONS)}
 _WORLD: LiteralString = """
 INSERT INTO organizations (org_id, public_id, name) VALUES
     (11, 'org_' || repeat('1', 32), 'Ours'), (12, 'org_' || repeat('2', 32), 'Theirs');
+SELECT setval('organizations_org_id_seq', 12);
 INSERT INTO users (id, email, name) VALUES ({user}, 'u@example.org', 'U');
 INSERT INTO principals (id, public_id, org_id, kind)
 VALUES ({principal}, 'principal_' || repeat('1', 32), 11, 'user');
@@ -612,3 +618,36 @@ def test_what_cannot_be_stored_has_no_fact(world: Connection, event: Callable[..
     alone = expected_facts(world, each_table_alone=True)
     assert alone["fact_tool_call"].keys() == stored | {(11, f"event:{_uuid(2)}")}
     assert not alone["fact_capability_usage"]
+
+
+def test_adversarial_sources_can_all_be_stored(world: Connection) -> None:
+    load_adversarial_sources(world, seed=1)
+    load_adversarial_sources(world, seed=2, sessions=5, events_per_session=5)
+    assert not unstorable_sources(world)
+    facts = expected_facts(world)
+    assert len(facts["fact_session"]) == 2 + 40 + 5
+    assert all(len(facts[table]) > 100 for table in facts if table != "fact_session")
+    kinds = {row["capability_usage_kind"] for row in facts["fact_capability_usage"].values()}
+    assert kinds == USAGE_KINDS
+    assert any(row["tool_call_count"] == 2 for row in facts["fact_turn"].values())
+
+
+def test_members_of_adversarial_events_are_read_as_postgresql_reads_them(
+    world: Connection,
+) -> None:
+    load_adversarial_sources(world, seed=3)
+    rows = world.execute(
+        "SELECT data::text, key, data ->> key FROM events, unnest(%s::text[]) AS key",
+        (["turn_id", "status", "capability_id", "records", "usage", "duration_ms", ""],),
+    ).fetchall()
+    assert len(rows) > 5_000
+    for data, key, text in rows:
+        assert json_text(parse_json(data)) == data
+        assert text_of(parse_json(data), key) == text
+
+
+def test_unstorable_sources_are_the_ones_named(world: Connection) -> None:
+    load_adversarial_sources(world, seed=4, sessions=3, events_per_session=3)
+    failing = load_unstorable_sources(world, seed=4)
+    assert len(failing) == len(set(failing))
+    assert unstorable_sources(world) == set(failing)
