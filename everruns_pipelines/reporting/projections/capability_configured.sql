@@ -1,0 +1,46 @@
+-- One row per capability that a session has, once for each of the lists that name it.
+SELECT
+    configured.org_id,
+    'session:' || session_id || ':configured:' || scope || ':' || capability_id AS source_key,
+    session_id,
+    NULL::text AS turn_id,
+    configured.created_at,
+    capability_id,
+    coalesce(
+        mcp.name, skill.name, declarative.display_name, declarative.name, capability_id
+    ) AS capability_name_snapshot,
+    'configured' AS capability_usage_kind,
+    NULL::text AS tool_name,
+    1 AS usage_count,
+    0 AS duration_ms
+FROM (
+    SELECT selected.org_id, selected.id AS session_id, selected.created_at,
+        'agent' AS scope, agent_capabilities.capability_id::text
+    FROM selected
+    JOIN agent_capabilities USING (agent_id)
+    UNION ALL
+    SELECT selected.org_id, selected.id, selected.created_at,
+        'harness', harness_capabilities.capability_id
+    FROM selected
+    JOIN harness_capabilities USING (harness_id)
+    UNION ALL
+    SELECT DISTINCT selected.org_id, selected.id, selected.created_at, 'session', named.id
+    FROM selected,
+        jsonb_array_elements(
+            CASE WHEN jsonb_typeof(capabilities) = 'array' THEN capabilities ELSE '[]' END
+        ) AS listed (capability),
+        LATERAL (
+            SELECT CASE
+                WHEN jsonb_typeof(capability) = 'string' THEN capability #>> '{}'
+                WHEN jsonb_typeof(capability -> 'ref') = 'string' THEN capability ->> 'ref'
+            END AS id
+        ) AS named
+    WHERE named.id <> ''
+) AS configured
+LEFT JOIN mcp_servers AS mcp
+    ON mcp.org_id = configured.org_id AND 'mcp:' || mcp.id = capability_id
+LEFT JOIN skills AS skill
+    ON skill.org_id = configured.org_id AND 'skill:' || skill.id = capability_id
+LEFT JOIN declarative_capabilities AS declarative
+    ON declarative.org_id = configured.org_id
+    AND 'declarative:' || declarative.name = capability_id

@@ -1,0 +1,22 @@
+-- One row per session, from the counters of its own row.
+SELECT
+    org_id,
+    'session:' || id AS source_key,
+    id AS session_id,
+    created_at,
+    status AS session_status,
+    started_at,
+    finished_at,
+    updated_at AS last_active_at,
+    1 AS session_count,
+    -- greatest() passes over a NULL: a session that has not both times lasts 0.
+    round(greatest(extract(epoch FROM finished_at - started_at), 0) * 1000) AS duration_ms,
+    turn_count,
+    total_input_tokens AS input_tokens,
+    total_output_tokens AS output_tokens,
+    total_cache_read_tokens AS cache_read_tokens,
+    total_cache_creation_tokens AS cache_creation_tokens,
+    total_input_tokens::numeric + total_output_tokens
+        + total_cache_read_tokens + total_cache_creation_tokens AS total_tokens,
+    tool_call_count
+FROM selected

@@ -1,0 +1,77 @@
+"""SQL that follows from the catalog: the rows a fact must have, for any selection of sources."""
+
+from collections.abc import Iterable
+
+from psycopg import sql
+
+from everruns_pipelines.reporting.catalog import Column, Fact, Projection, Source
+
+# Sources staged by `projector.stage`, part by part.
+STAGED = sql.SQL(
+    "JOIN pg_temp.selection ON selection.source_id = source.id"
+    " AND selection.org_id = {org_id}"
+    " AND selection.part BETWEEN %(first)s AND %(last)s"
+)
+EVERYTHING = sql.SQL("")
+
+
+def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL) -> sql.Composed:
+    """Rows of the source table in the selection, each with its `org_id`."""
+    org_id = sql.SQL("session.org_id" if source.org_from_session else "source.org_id")
+    return sql.SQL("SELECT {columns} FROM {table} AS source {session} {selection} {where}").format(
+        columns=sql.SQL("session.org_id, source.*" if source.org_from_session else "source.*"),
+        table=sql.Identifier(source.table),
+        session=sql.SQL(
+            "JOIN sessions AS session ON session.id = source.session_id"
+            if source.org_from_session
+            else ""
+        ),
+        selection=selection.format(org_id=org_id),
+        where=_of_types(event_types),
+    )
+
+
+def _of_types(event_types: Iterable[str]) -> sql.Composable:
+    types = [sql.Literal(event_type) for event_type in event_types]
+    if not types:
+        return sql.SQL("")
+    return sql.SQL("WHERE source.event_type IN ({})").format(sql.SQL(", ").join(types))
+
+
+def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
+    """The rows that `projection` makes of the selection: the fact's columns, in their order,
+    then `rejected` and `reported`.
+    """
+    agent_id, harness_id = (
+        _value(column, projection)
+        for column in fact.columns
+        if column.name in ("agent_id", "harness_id")
+    )
+    return sql.SQL(
+        "WITH selected AS NOT MATERIALIZED ({selected})"
+        " SELECT {columns}, {rejected} AS rejected, {reported} AS reported"
+        " FROM ({projection}) AS projected"
+        " LEFT JOIN sessions AS session"
+        " ON session.id = projected.session_id AND session.org_id = projected.org_id"
+        " LEFT JOIN agents AS agent"
+        " ON agent.id = {agent_id} AND agent.org_id = projected.org_id"
+        " LEFT JOIN harnesses AS harness"
+        " ON harness.id = {harness_id} AND harness.org_id = projected.org_id"
+    ).format(
+        selected=selected_rows(projection.source, projection.event_types, selection),
+        columns=sql.SQL(", ").join(
+            sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))
+            for column in fact.columns
+        ),
+        rejected=sql.SQL("projected.rejected" if projection.rejects else "NULL::text"),
+        reported=sql.SQL("projected.reported" if projection.reports else "NULL::text"),
+        projection=sql.SQL(projection.sql),
+        agent_id=agent_id,
+        harness_id=harness_id,
+    )
+
+
+def _value(column: Column, projection: Projection) -> sql.Composable:
+    if column.dimension is None or column.name in projection.provides:
+        return sql.Identifier("projected", column.name)
+    return sql.SQL(column.dimension)

@@ -1,0 +1,40 @@
+-- What reporting needs of its own in PostgreSQL. Idempotent; the platform's tables are not touched.
+
+CREATE SCHEMA IF NOT EXISTS everruns_pipelines;
+
+-- A number out of JSON: the value of text that is digits only and fits, else `otherwise`.
+CREATE OR REPLACE FUNCTION everruns_pipelines.digits(value text, otherwise bigint)
+RETURNS bigint LANGUAGE sql STABLE PARALLEL SAFE
+RETURN CASE
+    WHEN value ~ '^[0-9]+$' AND pg_input_is_valid(value, 'bigint') THEN value::bigint
+    ELSE otherwise
+END;
+
+-- Says so if one of the values is digits only, but more than a bigint holds.
+CREATE OR REPLACE FUNCTION everruns_pipelines.beyond_bigint(VARIADIC candidates text[])
+RETURNS text LANGUAGE sql STABLE PARALLEL SAFE
+RETURN (
+    SELECT 'a number is beyond bigint'
+    FROM unnest(candidates) AS value
+    WHERE value ~ '^[0-9]{19,}$' AND NOT pg_input_is_valid(value, 'bigint')
+    LIMIT 1
+);
+
+-- What a projection skipped, or wrote with a number replaced: replaced by the next projection of
+-- the same source, removed once there is nothing to say. No payload.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.fact_rejections (
+    fact text NOT NULL,
+    org_id bigint NOT NULL,
+    source_key text NOT NULL,
+    reason text NOT NULL,
+    written boolean NOT NULL,
+    rejected_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (fact, org_id, source_key)
+);
+
+-- The batches that projectors are working on. A projector holds the advisory lock `lock_key`
+-- while it lives: a claim whose lock is free was left behind by one that died.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
+    claimed_at timestamptz PRIMARY KEY,
+    lock_key bigint NOT NULL
+);
