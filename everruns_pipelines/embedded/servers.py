@@ -28,6 +28,12 @@ KEEPER_LOCK = "postgres.keeper"
 _START_LOCK = "postgres.start"
 _SCHEMA = files("everruns_pipelines.embedded") / "schema"
 
+# What to run where this table is missing: a database may be older than a part of the schema.
+_PLATFORM_SCHEMA = {
+    "public.events": ("platform.sql", "reporting.sql", "triggers.sql"),
+    "public.items": ("items.sql",),
+}
+
 # Read by every embedded server. Dagster's processes keep several connections each.
 _CONFIGURATION = """
 max_connections = 300
@@ -124,10 +130,10 @@ def _ensure_databases(server: "PostgresServer") -> None:
 
 
 def ensure_platform_schema(connection: psycopg.Connection) -> None:
-    """Make the platform's tables in a database that has none of them, in one transaction."""
-    found = connection.execute("SELECT to_regclass('public.events') IS NOT NULL").fetchone()
-    if found == (True,):
-        return
-    for name in ("platform.sql", "reporting.sql", "triggers.sql"):
-        connection.execute((_SCHEMA / name).read_bytes())
+    """Make the platform's tables where they are missing, in one transaction."""
+    for table, scripts in _PLATFORM_SCHEMA.items():
+        found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchone()
+        if found != (True,):
+            for name in scripts:
+                connection.execute((_SCHEMA / name).read_bytes())
     connection.commit()

@@ -1,0 +1,266 @@
+"""Connections to the ClickHouse that holds the spans: a server over HTTP(S), or chDB.
+
+chDB is the ClickHouse engine in this process. It admits one process per directory and one
+directory per process, so both are waited for, and given back as soon as the reading is done.
+"""
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver.client import Client
+
+# How long a reader waits for the embedded directory, in seconds: longer than any sane read.
+DIRECTORY_TIMEOUT = 1800.0
+_POLL = 0.1
+
+# A server that sends nothing for this long, in seconds, has stalled.
+STALL_TIMEOUT = 300
+ATTEMPTS = 3
+PAUSES = (1.0, 5.0)
+
+_CHUNK = 1 << 20
+
+# In this process the engine shares our memory: a few megabytes per block instead of 65,409 rows.
+_ENGINE_SETTINGS = {"max_threads": 2, "max_block_size": 1024}
+
+# ClickHouse's codes for what a second attempt cannot change, and what the user is told.
+_UNKNOWN_TABLE, _UNKNOWN_DATABASE = 60, 81
+_NOT_ALLOWED = {192, 193, 194, 497, 516}  # unknown user, passwords, access denied
+
+_engine = threading.Lock()
+_tell = logging.getLogger(__name__).info
+Log = Callable[[str], None]
+T = TypeVar("T")
+
+
+class ClickHouseFailure(Exception):
+    """ClickHouse refused, stalled, or cut its answer; another attempt may succeed."""
+
+
+class _ByteStream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ClickHouse:
+    """One open connection."""
+
+    client: "Client"
+    database: str
+
+    def rows(self, query: str, parameters: Mapping[str, Any]) -> list[list[str]]:
+        """The rows of a small answer, as text.
+
+        Raises:
+            ClickHouseFailure: see there.
+            Refusal: the table does not exist or must not be read.
+        """
+        with _failures():
+            answer = self.client.raw_query(
+                query, parameters=dict(parameters), fmt="TabSeparatedRaw"
+            )
+        return [line.split("\t") for line in answer.decode("utf-8", "replace").splitlines()]
+
+    def stream(self, query: str, parameters: Mapping[str, Any]) -> Iterator[bytes]:
+        """The answer as TabSeparated bytes, which are what PostgreSQL's COPY reads.
+
+        It must be read to its end, or closed, before the next query.
+
+        Raises:
+            ClickHouseFailure: also in the middle, when the answer is cut.
+        """
+        with _failures():
+            answer = cast(
+                "_ByteStream",
+                self.client.raw_stream(query, parameters=dict(parameters), fmt="TabSeparated"),
+            )
+            try:
+                _check_length_is_known(answer)
+                while chunk := answer.read(_CHUNK):
+                    yield chunk
+            finally:
+                answer.close()
+
+
+@dataclass(frozen=True)
+class ClickHouseResource:
+    """The configured ClickHouse, else the embedded chDB, whose tables are made on first use."""
+
+    settings: Settings
+
+    @contextmanager
+    def connect(self, log: Log = _tell) -> Generator[ClickHouse]:
+        """An open connection. For chDB the directory is ours, and nobody else's, until the end.
+
+        Args:
+            log: told when another process has the directory and we wait.
+
+        Raises:
+            ClickHouseFailure: the server cannot be reached.
+            Refusal: it does not let us in, or the directory stayed taken for `DIRECTORY_TIMEOUT`.
+        """
+        dsn = self.settings.clickhouse_dsn
+        if dsn is not None and not dsn.get_secret_value().startswith("chdb:"):
+            with _connected(_server_client(dsn.get_secret_value())) as clickhouse:
+                yield clickhouse
+            return
+        with _engine_client(self.directory, log) as client, _connected(client) as clickhouse:
+            if dsn is None:
+                from everruns_pipelines.embedded.clickhouse import ensure_span_tables
+
+                ensure_span_tables(client)
+            yield clickhouse
+
+    @property
+    def directory(self) -> Path:
+        """Where chDB's data lies."""
+        dsn = self.settings.clickhouse_dsn
+        if dsn is None:
+            return self.settings.home.resolve() / "clickhouse"
+        return Path(dsn.get_secret_value().removeprefix("chdb://")).resolve()
+
+
+def retrying(action: Callable[[], T], log: Log) -> T:
+    """What `action` returns, after at most `ATTEMPTS` tries. It must leave nothing half-done.
+
+    Raises:
+        ClickHouseFailure: the last try failed too.
+    """
+    for attempt, pause in enumerate(PAUSES, start=1):
+        try:
+            return action()
+        except ClickHouseFailure as failure:
+            log(f"Attempt {attempt} of {ATTEMPTS}: {failure}. Trying again in {pause:g} s")
+            time.sleep(pause)
+    return action()
+
+
+@contextmanager
+def _connected(client: "Client") -> Generator[ClickHouse]:
+    try:
+        with _failures():
+            database = str(client.command("SELECT currentDatabase()"))
+        yield ClickHouse(client, database)
+    finally:
+        client.close()
+
+
+def _server_client(dsn: str) -> "Client":
+    from clickhouse_connect import get_client
+
+    with _failures():
+        return get_client(
+            # The driver calls ClickHouse over TLS https.
+            dsn=dsn.replace("clickhouses://", "https://", 1),
+            send_receive_timeout=STALL_TIMEOUT,
+            # Run ids are many: they go into the body, not into the URL.
+            form_encode_query_params=True,
+            # One query after the other: no session to keep on the server.
+            autogenerate_session_id=False,
+        )
+
+
+@contextmanager
+def _engine_client(directory: Path, log: Log) -> Generator["Client"]:
+    from clickhouse_connect import get_client
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        directory.with_name(directory.name + ".lock").open("w") as lock,
+        _sole_use(directory, lock, log),
+    ):
+        with _failures():
+            client = get_client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
+        yield client
+
+
+@contextmanager
+def _sole_use(directory: Path, lock: IO[str], log: Log) -> Generator[None]:
+    """Wait until no thread of this process uses chDB, and no other process this directory."""
+    deadline = time.monotonic() + DIRECTORY_TIMEOUT
+    busy = f"another run is reading the embedded ClickHouse in {directory}"
+    if not _engine.acquire(blocking=False):
+        log(f"Waiting: {busy}")
+        if not _engine.acquire(timeout=DIRECTORY_TIMEOUT):
+            raise _still_busy(busy)
+    try:
+        told = False
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise _still_busy(busy)
+            if not told:
+                log(f"Waiting: {busy}")
+                told = True
+            time.sleep(_POLL)
+        yield
+    finally:
+        _engine.release()
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _still_busy(busy: str) -> Refusal:
+    return Refusal(
+        f"{busy}, for {DIRECTORY_TIMEOUT:g} s now. Let it finish, or end it, and try again",
+        code="locked",
+        status=409,
+    )
+
+
+def _check_length_is_known(answer: _ByteStream) -> None:
+    """Only an answer that says where it ends shows that it was cut."""
+    headers: Mapping[str, str] | None = getattr(answer, "headers", None)
+    if headers is None:  # chDB: no network between
+        return
+    if "chunked" not in headers.get("Transfer-Encoding", "") and "Content-Length" not in headers:
+        raise ClickHouseFailure("the answer has no length: it could be cut and nobody would know")
+
+
+@contextmanager
+def _failures() -> Generator[None]:
+    """What the driver and the network raise, as what it means for the caller."""
+    from clickhouse_connect.driver.exceptions import ClickHouseError
+    from clickhouse_connect.driver.exceptions import Error as DriverError
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except DriverError as error:
+        if error.code in (_UNKNOWN_TABLE, _UNKNOWN_DATABASE):
+            raise Refusal(
+                f"ClickHouse has no such table or database: {_first_line(error)}. "
+                "EVERRUNS_CLICKHOUSE_DSN and EVERRUNS_SPANS_TABLE must name the span table",
+                code="incompatible_schema",
+                status=503,
+            ) from None
+        if error.code in _NOT_ALLOWED:
+            raise Refusal(
+                f"ClickHouse refuses access: {_first_line(error)}",
+                code="permission_denied",
+                status=503,
+            ) from None
+        raise ClickHouseFailure(f"ClickHouse failed: {_first_line(error)}") from error
+    except (ClickHouseError, HTTPError, OSError) as error:
+        raise ClickHouseFailure(f"ClickHouse failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,121 @@
+-- PostgreSQL: judge every envelope by the contract's structure and limits, nothing else.
+-- `found` is readable.sql or values.sql. A value that is no object is no envelope and is ignored.
+INSERT INTO candidates (
+    span, position, state, reason, detail, organization_id, project_id, dedupe_key, ended_ns, uri,
+    item_type, title, ref, session_id, trace_id, span_id, capability, capability_version,
+    schema_ref, disposition, links, data
+)
+SELECT
+    found.span,
+    found.position,
+    CASE
+        WHEN NOT found.whole AND session.id IS DISTINCT FROM %(session)s THEN 'out_of_scope'
+        WHEN found.reason = 'offloaded' THEN 'offloaded'
+        WHEN coalesce(found.reason, verdict.flaw) IS NOT NULL THEN 'rejected'
+        ELSE 'valid'
+    END,
+    coalesce(found.reason, CASE WHEN verdict.flaw IS NOT NULL THEN 'invalid_field' END),
+    CASE WHEN found.reason IS NOT NULL THEN found.detail ELSE verdict.flaw END,
+    found.organization_id,
+    found.project_id,
+    CASE
+        WHEN key.is_sound THEN found.value ->> 'dedupe_key'
+        WHEN char_length(found.key_hint) BETWEEN 1 AND 64 THEN found.key_hint
+    END,
+    found.ended_ns,
+    found.uri,
+    found.value ->> 'item_type',
+    found.value ->> 'title',
+    nullif(found.value ->> 'ref', ''),
+    session.id,
+    coalesce(found.value ->> 'trace_id', found.trace_id),
+    coalesce(found.value ->> 'span_id', found.span_id),
+    found.value ->> 'capability',
+    found.value ->> 'capability_version',
+    found.value ->> 'schema_ref',
+    CASE
+        WHEN status.known IS NOT NULL OR found.value ->> 'notes' <> ''
+            THEN jsonb_build_object('status', status.known, 'notes', found.value ->> 'notes')
+    END,
+    nullif(found.value -> 'links', 'null'),
+    CASE
+        WHEN verdict.flaw IS NOT NULL THEN NULL
+        -- As the SDK does before its POST: the raw session goes into the metadata.
+        WHEN session.raw IS NULL OR session.id IS NOT NULL THEN found.value -> 'data'
+        WHEN jsonb_typeof(found.value -> 'data' -> 'metadata') = 'object'
+            THEN jsonb_set(
+                found.value -> 'data', '{{metadata,session_ref}}', to_jsonb(session.raw)
+            )
+        WHEN NOT found.value -> 'data' ? 'metadata'
+            THEN (found.value -> 'data')
+            || jsonb_build_object('metadata', jsonb_build_object('session_ref', session.raw))
+        ELSE found.value -> 'data'
+    END
+FROM ({found}) AS found
+CROSS JOIN LATERAL (
+    SELECT
+        coalesce(found.value ->> 'session_id', found.session_hint) AS raw
+) AS named
+-- A UUID as Python's `UUID` reads one, which is what the SDK asks.
+CROSS JOIN LATERAL (
+    SELECT
+        named.raw,
+        translate(replace(replace(lower(named.raw), 'urn:', ''), 'uuid:', ''), '{{}}-', '') AS hex
+) AS spelled
+CROSS JOIN LATERAL (
+    SELECT
+        spelled.raw,
+        CASE WHEN spelled.hex ~ '^[0-9a-f]{{32}}$' THEN spelled.hex::uuid END AS id
+    OFFSET 0
+) AS session
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN found.value ->> 'status' IN ('open', 'triaged', 'verified', 'resolved', 'dismissed')
+            THEN found.value ->> 'status'
+    END AS known
+) AS status
+CROSS JOIN LATERAL (
+    SELECT
+        jsonb_typeof(found.value -> 'dedupe_key') = 'string'
+        AND char_length(found.value ->> 'dedupe_key') BETWEEN 1 AND 64 AS is_sound
+) AS key
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN key.is_sound IS NOT TRUE THEN 'dedupe_key must be a string of 1 to 64 characters'
+        WHEN found.fetched AND found.value ->> 'dedupe_key' IS DISTINCT FROM found.key_hint
+            THEN 'the fetched object is another item than the span says'
+        WHEN jsonb_typeof(found.value -> 'item_type') IS DISTINCT FROM 'string'
+            OR char_length(found.value ->> 'item_type') NOT BETWEEN 1 AND 64
+            THEN 'item_type must be a string of 1 to 64 characters'
+        WHEN jsonb_typeof(found.value -> 'data') IS DISTINCT FROM 'object'
+            THEN 'data must be an object'
+        WHEN jsonb_typeof(found.value -> 'title') NOT IN ('string', 'null')
+            OR char_length(found.value ->> 'title') > 512
+            THEN 'title must be null or a string of at most 512 characters'
+        WHEN jsonb_typeof(found.value -> 'ref') NOT IN ('string', 'null')
+            OR char_length(found.value ->> 'ref') > 128
+            THEN 'ref must be null or a string of at most 128 characters'
+        WHEN jsonb_typeof(found.value -> 'capability') NOT IN ('string', 'null')
+            OR char_length(found.value ->> 'capability') > 255
+            THEN 'capability must be null or a string of at most 255 characters'
+        WHEN jsonb_typeof(found.value -> 'capability_version') NOT IN ('string', 'null')
+            OR char_length(found.value ->> 'capability_version') > 64
+            THEN 'capability_version must be null or a string of at most 64 characters'
+        WHEN jsonb_typeof(found.value -> 'links') NOT IN ('array', 'null')
+            THEN 'links must be null or an array'
+        WHEN jsonb_typeof(found.value -> 'schema_ref') NOT IN ('string', 'null')
+            THEN 'schema_ref must be null or a string'
+        WHEN jsonb_typeof(found.value -> 'session_id') NOT IN ('string', 'null')
+            THEN 'session_id must be null or a string'
+        WHEN jsonb_typeof(found.value -> 'trace_id') NOT IN ('string', 'null')
+            THEN 'trace_id must be null or a string'
+        WHEN jsonb_typeof(found.value -> 'span_id') NOT IN ('string', 'null')
+            THEN 'span_id must be null or a string'
+        WHEN jsonb_typeof(found.value -> 'status') NOT IN ('string', 'null')
+            THEN 'status must be null or a string'
+        WHEN jsonb_typeof(found.value -> 'notes') NOT IN ('string', 'null')
+            THEN 'notes must be null or a string'
+    END AS flaw
+    OFFSET 0
+) AS verdict
+WHERE found.reason IS NOT NULL OR jsonb_typeof(found.value) = 'object'

@@ -1,0 +1,69 @@
+-- PostgreSQL: the links that the items of a batch name, and what is to happen to each.
+-- A dry run has not inserted anything: what it would insert counts as there.
+WITH named AS (
+    SELECT
+        link.position,
+        chosen.project_id,
+        chosen.dedupe_key AS source_key,
+        source.id AS source_id,
+        CASE
+            WHEN jsonb_typeof(link.value -> 'relationship') = 'string'
+                THEN nullif(link.value ->> 'relationship', '')
+        END AS relationship,
+        CASE
+            WHEN jsonb_typeof(link.value -> 'target_ref') = 'string'
+                THEN nullif(link.value ->> 'target_ref', '')
+        END AS target_ref,
+        CASE
+            WHEN pg_input_is_valid(link.value ->> 'target_item_id', 'uuid')
+                THEN (link.value ->> 'target_item_id')::uuid
+        END AS target_id
+    FROM chosen
+    JOIN candidates AS candidate ON candidate.id = chosen.candidate
+    LEFT JOIN items AS source
+        ON source.project_id = chosen.project_id AND source.dedupe_key = chosen.dedupe_key
+    CROSS JOIN LATERAL jsonb_array_elements(candidate.links)
+        WITH ORDINALITY AS link (value, position)
+    WHERE chosen.batch = %(batch)s AND candidate.links IS NOT NULL
+),
+
+resolved AS (
+    SELECT
+        named.*,
+        coalesce(by_id.id, by_ref.id) AS found_id,
+        -- Which item the target is, also when it has no id yet.
+        coalesce(by_id.id::text, by_ref.id::text, 'key:' || to_come.dedupe_key) AS target
+    FROM named
+    LEFT JOIN items AS by_id
+        ON by_id.id = named.target_id AND by_id.project_id = named.project_id
+    LEFT JOIN items AS by_ref
+        ON by_ref.project_id = named.project_id AND by_ref.ref = named.target_ref
+    LEFT JOIN chosen AS to_come
+        ON to_come.project_id = named.project_id AND to_come.ref = named.target_ref
+),
+
+told_apart AS (
+    SELECT DISTINCT
+        project_id, source_key, source_id, found_id, target, relationship,
+        -- The same link twice is one link; a link to nowhere counts each time it is named.
+        CASE WHEN target IS NULL OR relationship IS NULL THEN position END AS lost
+    FROM resolved
+)
+
+INSERT INTO planned_links (project_id, source_key, source_id, target_id, relationship, state)
+SELECT
+    told_apart.project_id,
+    told_apart.source_key,
+    told_apart.source_id,
+    told_apart.found_id,
+    told_apart.relationship,
+    CASE
+        WHEN told_apart.target IS NULL OR told_apart.relationship IS NULL THEN 'unresolved'
+        WHEN present.id IS NOT NULL THEN 'present'
+        ELSE 'create'
+    END
+FROM told_apart
+LEFT JOIN item_links AS present
+    ON present.source_item_id = told_apart.source_id
+    AND present.target_item_id = told_apart.found_id
+    AND present.relationship = told_apart.relationship

@@ -1,0 +1,39 @@
+-- PostgreSQL: what is to happen to each item of a batch. `record_image_eq` compares to the last digit:
+-- as jsonb 1 equals 1.0.
+WITH compared AS (
+    SELECT
+        candidate.id AS candidate,
+        item.id AS item_id,
+        (
+            item.item_type, item.title, item.ref, item.session_id, item.trace_id, item.span_id,
+            item.capability, item.capability_version, item.schema_ref
+        ) IS NOT DISTINCT FROM (
+            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
+            candidate.trace_id, candidate.span_id, candidate.capability,
+            candidate.capability_version, candidate.schema_ref
+        ) AS same_columns,
+        CASE
+            WHEN item.id IS NULL THEN false
+            WHEN record_image_eq(ROW(item.data), ROW(candidate.data)) THEN true
+            -- Another order changes no length: most that differ are told apart by that.
+            WHEN octet_length(item.data::text) <> octet_length(candidate.data::text) THEN false
+            ELSE pg_temp.same_but_for_list_order(item.data, candidate.data)
+        END AS same_data
+    FROM chosen
+    JOIN candidates AS candidate ON candidate.id = chosen.candidate
+    LEFT JOIN items AS item
+        ON item.project_id = chosen.project_id AND item.dedupe_key = chosen.dedupe_key
+    WHERE chosen.batch = %(batch)s
+)
+
+INSERT INTO planned (candidate, item_id, action, keeps_data)
+SELECT
+    candidate,
+    item_id,
+    CASE
+        WHEN item_id IS NULL THEN 'insert'
+        WHEN same_columns AND same_data THEN 'unchanged'
+        ELSE 'refresh'
+    END,
+    same_data
+FROM compared

@@ -1,0 +1,31 @@
+-- PostgreSQL: the item outputs of readable spans, each joined to its object by hash.
+SELECT
+    span.id AS span,
+    span.trace_id,
+    span.span_id,
+    span.ended_ns,
+    span.whole,
+    project.project_id,
+    project.organization_id,
+    output.position::integer AS position,
+    output.value -> 'attributes' ->> 'dedupe_key' AS key_hint,
+    NULL AS session_hint,
+    false AS fetched,
+    CASE WHEN object.value ->> 'type' = 'uri' THEN object.value ->> 'uri' END AS uri,
+    CASE
+        WHEN object.value ->> 'type' = 'uri' THEN 'offloaded'
+        WHEN object.value -> 'value' IS NULL THEN 'object_missing'
+    END AS reason,
+    NULL AS detail,
+    object.value -> 'value' AS value
+FROM staged_spans AS span
+JOIN staged_projects AS project ON project.name = span.project
+-- OFFSET 0: each attribute is parsed once, not once per output.
+CROSS JOIN LATERAL (
+    SELECT span.outputs::jsonb AS outputs, span.objects::jsonb AS objects OFFSET 0
+) AS parsed
+CROSS JOIN LATERAL jsonb_array_elements(
+    CASE WHEN jsonb_typeof(parsed.outputs) = 'array' THEN parsed.outputs ELSE '[]' END
+) WITH ORDINALITY AS output (value, position)
+CROSS JOIN LATERAL (SELECT parsed.objects -> (output.value ->> 'hash') AS value OFFSET 0) AS object
+WHERE span.state = 'readable' AND output.value ->> 'name' = 'item'

@@ -1,0 +1,435 @@
+"""Rebuild items from spans: stage -> judge -> choose -> merge in batches -> links -> rejections.
+
+Everything up to the merge happens in temporary tables. Each batch of the merge, of the links and
+the rejections is one transaction, so a rebuild that is killed leaves whole batches and nothing
+else, and the next one does the rest.
+"""
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from importlib.resources import files
+from itertools import islice
+from typing import LiteralString, cast
+
+import psycopg
+from psycopg import errors, sql
+
+from everruns_pipelines.clickhouse import ClickHouseResource, Log
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items.envelope import Found, read_damaged, read_envelope
+from everruns_pipelines.items.objects import OBJECTS_AT_ONCE, ObjectStore
+from everruns_pipelines.items.reading import Selection, SpanTable, of_day, stage
+from everruns_pipelines.items.scope import RebuildRequest, resolve_project
+from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+
+BATCH_SIZE = 5000
+_VALUES_AT_ONCE = 4
+_WORK_MEM = "64MB"
+
+# Other writers of the platform may come between: then the batch is done again.
+_ATTEMPTS = 5
+_COLLISIONS = (errors.UniqueViolation, errors.DeadlockDetected, errors.SerializationFailure)
+
+_PLATFORM_TABLES = ("item_organizations", "item_workspaces", "projects", "items", "item_links")
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild did, or with `dry_run` would do. Counts of distinct items and links.
+
+    `processed` = inserted + refreshed + unchanged. Beside it, disjoint: `rejected` envelopes and
+    unreadable spans, `offloaded` envelopes that were not recovered.
+    """
+
+    processed: int = 0
+    inserted: int = 0
+    refreshed: int = 0
+    unchanged: int = 0
+    rejected: int = 0
+    offloaded: int = 0
+    links_created: int = 0
+    links_unresolved: int = 0
+    #: Not part of the answer's keys, for logs and metadata.
+    spans: int = 0
+    spans_of_unknown_projects: int = 0
+    out_of_scope: int = 0
+    recovered: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def counts(self) -> dict[str, int]:
+        """The counts under the names of the interface."""
+        return {name: value for name, value in asdict(self).items() if name in _COUNTS}
+
+
+_COUNTS = (
+    "processed",
+    "inserted",
+    "refreshed",
+    "unchanged",
+    "rejected",
+    "offloaded",
+    "links_created",
+    "links_unresolved",
+)
+
+
+def ensure_schema(connection: Connection) -> None:
+    """Make what is ours in PostgreSQL, where it is missing.
+
+    Raises:
+        Refusal: it is missing and the role may not make it.
+    """
+    table = "everruns_pipelines.item_rejections"
+    if connection.execute("SELECT to_regclass(%s)", [table]).fetchone() != (None,):
+        return
+    try:
+        with connection.transaction():
+            # Two first runs at once: CREATE ... IF NOT EXISTS is not proof against itself.
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext('everruns_pipelines'))")
+            connection.execute(_read("schema.sql"))
+    except errors.InsufficientPrivilege:
+        raise Refusal(
+            f"The table {table} is missing and this role may not make it: "
+            "run `everruns-pipelines init` as one that may",
+            code="permission_denied",
+            status=503,
+        ) from None
+
+
+def rebuild(
+    postgres: PostgresResource, clickhouse: ClickHouseResource, request: RebuildRequest, log: Log
+) -> Rebuilt:
+    """Bring the items of a session or of runs back to what their spans say.
+
+    Args:
+        log: told of progress; never of payload.
+
+    Raises:
+        Refusal: the request, the scope or a schema is wrong. Nothing was touched.
+        ClickHouseFailure: the spans could not be read. Nothing was written.
+    """
+    request.check()
+    store = ObjectStore.at(clickhouse.settings.object_store_url)
+    with postgres.connect() as connection:
+        _check_platform(connection)
+        project = resolve_project(connection, request)
+        connection.execute(_read("staging.sql"))
+        names = _know_projects(connection, str(project))
+        with clickhouse.connect(log) as opened:
+            table = SpanTable(opened, clickhouse.settings.spans_table, names)
+            table.check()
+            stage(table, _selections(table, request), connection, log)
+        session = None if request.session is None else str(request.session)
+        return _merge(connection, session, store, log, dry_run=request.dry_run)
+
+
+def rebuild_day(
+    postgres: PostgresResource,
+    clickhouse: ClickHouseResource,
+    day: date,
+    log: Log,
+    *,
+    dry_run: bool = False,
+) -> Rebuilt:
+    """Bring the items of every known project back to what the spans of one UTC day say.
+
+    Raises:
+        Refusal: a schema is wrong. Nothing was touched.
+        ClickHouseFailure: the spans could not be read. Nothing was written.
+    """
+    store = ObjectStore.at(clickhouse.settings.object_store_url)
+    with postgres.connect() as connection:
+        _check_platform(connection)
+        connection.execute(_read("staging.sql"))
+        _know_projects(connection, None)
+        with clickhouse.connect(log) as opened:
+            table = SpanTable(opened, clickhouse.settings.spans_table)
+            table.check()
+            stage(table, [of_day(day)], connection, log)
+        return _merge(connection, None, store, log, dry_run=dry_run)
+
+
+def _selections(table: SpanTable, request: RebuildRequest) -> Iterator[Selection]:
+    if request.session is not None:
+        yield from table.of_session(request.session)
+    yield from table.of_runs(request.run_ids)
+
+
+def _check_platform(connection: Connection) -> None:
+    rows = connection.execute(
+        "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL",
+        [list(_PLATFORM_TABLES)],
+    )
+    missing = [name for (name,) in rows]
+    if missing:
+        raise Refusal(
+            f"The database lacks {', '.join(missing)}: "
+            "EVERRUNS_POSTGRES_URL must name the platform's database",
+            code="incompatible_schema",
+            status=503,
+        )
+
+
+def _know_projects(connection: Connection, project: str | None) -> list[str]:
+    connection.execute(_read("known_projects.sql"), {"project": project})
+    names = [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
+    # A span may spell the UUID in capitals.
+    return names if project is None else [*names, project.upper()]
+
+
+def _merge(
+    connection: Connection,
+    session: str | None,
+    store: ObjectStore | None,
+    log: Log,
+    *,
+    dry_run: bool,
+) -> Rebuilt:
+    """Judge what is staged and bring the tables in line with it."""
+    spans, unknown = _clean_spans(connection)
+    log(f"{spans} spans carry items; judging them")
+    _judge(connection, session)
+    recovered = _recover(connection, session, store)
+    if not dry_run:
+        ensure_schema(connection)
+    with _projects_locked(connection, log, needed=not dry_run):
+        batches = _choose(connection)
+        done = Rebuilt(
+            spans=spans,
+            spans_of_unknown_projects=unknown,
+            out_of_scope=_count(
+                connection, "SELECT count(*) FROM candidates WHERE state = 'out_of_scope'"
+            ),
+            recovered=recovered,
+        )
+        for batch in range(batches):
+            done = _merge_batch(connection, batch, done, dry_run=dry_run)
+            log(f"{done.processed} items done")
+        for batch in range(batches):
+            done = _link_batch(connection, batch, done, dry_run=dry_run)
+        return _account(connection, done, dry_run=dry_run)
+
+
+def _clean_spans(connection: Connection) -> tuple[int, int]:
+    """Drop repeats and count what is left: spans of known projects, and of others."""
+    connection.execute("ANALYZE staged_spans")
+    connection.execute(_read("repeats.sql"))
+    unknown = connection.execute(
+        "DELETE FROM staged_spans WHERE project NOT IN (SELECT name FROM staged_projects)"
+    ).rowcount
+    return _count(connection, "SELECT count(*) FROM staged_spans"), unknown
+
+
+def _judge(connection: Connection, session: str | None) -> None:
+    try:
+        _judge_from(connection, "readable.sql", session)
+    except psycopg.DataError:
+        # ClickHouse took for JSON what PostgreSQL does not: find out which, and judge again.
+        connection.execute(
+            "UPDATE staged_spans SET state = 'damaged',"
+            " outputs = encode(convert_to(outputs, 'UTF8'), 'base64'),"
+            " objects = encode(convert_to(objects, 'UTF8'), 'base64')"
+            " WHERE state = 'readable' AND NOT"
+            " (pg_input_is_valid(outputs, 'jsonb') AND pg_input_is_valid(objects, 'jsonb'))"
+        )
+        _judge_from(connection, "readable.sql", session)
+    connection.execute(_read("unreadable.sql"))
+    _stage_values(connection, _damaged(connection))
+    _judge_from(connection, "values.sql", session)
+    connection.execute("TRUNCATE staged_values")
+
+
+def _judge_from(connection: Connection, found: str, session: str | None) -> None:
+    query = sql.SQL(_read("judge.sql")).format(found=sql.SQL(_read(found)))
+    connection.execute(query, {"session": session})
+
+
+def _damaged(connection: Connection) -> Iterator[tuple[int, bool, Found]]:
+    with connection.transaction(), connection.cursor("damaged") as cursor:
+        cursor.itersize = 1
+        cursor.execute("SELECT id, outputs, objects FROM staged_spans WHERE state = 'damaged'")
+        for span, outputs, objects in cursor:
+            for found in read_damaged(base64.b64decode(outputs), base64.b64decode(objects)):
+                yield span, False, found
+
+
+def _stage_values(connection: Connection, values: Iterable[tuple[int, bool, Found]]) -> None:
+    """Put values that came another way than in a readable span beside the spans."""
+    rows = (
+        (
+            span,
+            fetched,
+            found.position,
+            found.key_hint,
+            found.session_hint,
+            found.uri,
+            found.reason,
+            found.detail,
+            found.value,
+        )
+        for span, fetched, found in values
+    )
+    with connection.cursor() as cursor:
+        while some := list(islice(rows, _VALUES_AT_ONCE)):
+            cursor.executemany(
+                "INSERT INTO staged_values (span, fetched, position, key_hint, session_hint, uri,"
+                " reason, detail, value) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+                some,
+            )
+
+
+def _recover(connection: Connection, session: str | None, store: ObjectStore | None) -> int:
+    """Fetch offloaded envelopes that may be fetched, and judge them like any other."""
+    if store is None:
+        connection.execute(
+            "UPDATE candidates SET detail = 'EVERRUNS_OBJECT_STORE_URL is not set'"
+            " WHERE reason = 'offloaded'"
+        )
+        return 0
+    with connection.transaction():
+        _stage_values(connection, _fetched(connection, store))
+    connection.execute(
+        "DELETE FROM candidates USING staged_values AS fetched"
+        " WHERE candidates.span = fetched.span AND candidates.position = fetched.position"
+    )
+    _judge_from(connection, "values.sql", session)
+    return _count(connection, "SELECT count(*) FROM staged_values WHERE value IS NOT NULL")
+
+
+def _fetched(connection: Connection, store: ObjectStore) -> Iterator[tuple[int, bool, Found]]:
+    with connection.cursor("offloaded") as cursor:
+        cursor.execute(_read("offloaded.sql"))
+        while rows := cursor.fetchmany(OBJECTS_AT_ONCE):
+            objections = [
+                "the span names no uri" if uri is None else store.objection(uri, others)
+                for _, _, _, uri, others in rows
+            ]
+            uris = [
+                row[3] for row, objection in zip(rows, objections, strict=True) if not objection
+            ]
+            answers = iter(store.fetch(uris))
+            for (span, position, key, uri, _), objection in zip(rows, objections, strict=True):
+                answer = objection or next(answers)
+                yield span, True, _as_found(position, key, uri, answer)
+
+
+def _as_found(position: int, key: str | None, uri: str | None, answer: bytes | str) -> Found:
+    if isinstance(answer, str):
+        return Found(position, key, uri=uri, reason="offloaded", detail=answer)
+    return read_envelope(position, key, answer)
+
+
+def _choose(connection: Connection) -> int:
+    """Pick one envelope per dedupe key and per ref; how many batches that makes."""
+    connection.execute("ANALYZE candidates")
+    connection.execute(_read("choose.sql"), {"batch_size": BATCH_SIZE})
+    connection.execute("CREATE INDEX ON chosen (batch)")
+    connection.execute("CREATE INDEX ON chosen (project_id, dedupe_key)")
+    connection.execute("CREATE INDEX ON chosen (project_id, ref)")
+    connection.execute("ANALYZE chosen")
+    connection.execute(_read("refs.sql"))
+    last = connection.execute("SELECT max(batch) FROM chosen").fetchone()
+    return 0 if last is None or last[0] is None else last[0] + 1
+
+
+def _merge_batch(connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
+    """Write the items of one batch in one transaction; again if another writer came between."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _merge_batch_once(connection, batch, done, dry_run=dry_run)
+        except _COLLISIONS:
+            # Whoever came between may hold a ref now.
+            connection.execute(_read("refs.sql"))
+    return _merge_batch_once(connection, batch, done, dry_run=dry_run)
+
+
+def _merge_batch_once(
+    connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool
+) -> Rebuilt:
+    with transaction(connection, work_mem=_WORK_MEM):
+        connection.execute("TRUNCATE planned")
+        connection.execute(_read("plan.sql"), {"batch": batch})
+        connection.execute("ANALYZE planned")
+        planned = dict(
+            connection.execute("SELECT action, count(*) FROM planned GROUP BY action").fetchall()
+        )
+        if not dry_run:
+            connection.execute(_read("insert.sql"))
+            connection.execute(_read("refresh.sql"))
+            connection.execute(_read("stored.sql"), {"batch": batch})
+    return replace(
+        done,
+        processed=done.processed + sum(planned.values()),
+        inserted=done.inserted + planned.get("insert", 0),
+        refreshed=done.refreshed + planned.get("refresh", 0),
+        unchanged=done.unchanged + planned.get("unchanged", 0),
+    )
+
+
+def _link_batch(connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
+    with transaction(connection, work_mem=_WORK_MEM):
+        connection.execute("TRUNCATE planned_links")
+        connection.execute(_read("links.sql"), {"batch": batch})
+        planned = dict(
+            connection.execute(
+                "SELECT state, count(*) FROM planned_links GROUP BY state"
+            ).fetchall()
+        )
+        created = planned.get("create", 0)
+        if not dry_run and created:
+            created = connection.execute(_read("create_links.sql")).rowcount
+    return replace(
+        done,
+        links_created=done.links_created + created,
+        links_unresolved=done.links_unresolved + planned.get("unresolved", 0),
+    )
+
+
+def _account(connection: Connection, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
+    """Tell what was found and is not stored."""
+    connection.execute(_read("refused.sql"))
+    if not dry_run:
+        with connection.transaction():
+            connection.execute(_read("forget.sql"))
+            connection.execute(_read("reject.sql"))
+    reasons = dict(
+        connection.execute(
+            "SELECT reason, count(*) FROM refused GROUP BY reason ORDER BY reason"
+        ).fetchall()
+    )
+    offloaded = reasons.get("offloaded", 0)
+    return replace(
+        done,
+        rejected=sum(reasons.values()) - offloaded,
+        offloaded=offloaded,
+        reasons=reasons,
+    )
+
+
+@contextmanager
+def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Iterator[None]:
+    """One rebuild per project at a time; the lock goes with the connection, however it ends."""
+    if needed:
+        projects = connection.execute(
+            "SELECT DISTINCT project_id::text FROM candidates ORDER BY 1"
+        ).fetchall()
+        for (project,) in projects:  # In one order everywhere: nobody waits in a circle.
+            key = f"everruns_pipelines.items {project}"
+            query = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+            if connection.execute(query, [key]).fetchone() != (True,):
+                log(f"Waiting: another rebuild of project {project} is running")
+                connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
+    yield
+
+
+def _count(connection: Connection, query: LiteralString) -> int:
+    row = connection.execute(query).fetchone()
+    return 0 if row is None else row[0]
+
+
+def _read(name: str) -> LiteralString:
+    # The package's own files are as literal as its source.
+    return cast("LiteralString", (files("everruns_pipelines.items") / name).read_text())

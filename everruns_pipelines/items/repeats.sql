@@ -1,0 +1,17 @@
+-- PostgreSQL: of spans that were delivered more than once one is left, the same one every time.
+DELETE FROM staged_spans USING (
+    SELECT
+        span.id,
+        row_number() OVER (
+            PARTITION BY project, trace_id, span_id
+            ORDER BY whole DESC, state = 'readable' DESC, ended_ns, md5(outputs), md5(objects)
+        ) AS number
+    FROM staged_spans AS span
+    JOIN (
+        SELECT project, trace_id, span_id
+        FROM staged_spans
+        GROUP BY project, trace_id, span_id
+        HAVING count(*) > 1
+    ) AS repeated USING (project, trace_id, span_id)
+) AS delivered
+WHERE staged_spans.id = delivered.id AND delivered.number > 1

@@ -1,0 +1,112 @@
+"""Whose items a rebuild may touch: organization, workspace and project, found before all else."""
+
+from dataclasses import dataclass
+from typing import LiteralString
+from uuid import UUID
+
+from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.postgres import Connection
+
+
+@dataclass(frozen=True)
+class RebuildRequest:
+    """A rebuild as it was asked for: of one session, of some runs, or of both together.
+
+    Args:
+        organization: slug or UUID, like `workspace` and `project`.
+        run_ids: values of `dreadnode.run.id`; 32 hex digits without dashes are a trace id.
+        dry_run: tell what would change and write nothing.
+    """
+
+    organization: str
+    workspace: str
+    project: str
+    session_id: str | None = None
+    run_ids: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def check(self) -> None:
+        """Raise a `Refusal` unless the request makes sense by itself."""
+        if self.session_id is None and not self.run_ids:
+            raise Refusal(
+                "Name a session or at least one run",
+                errors=(
+                    FieldError(("session_id",), "a UUID, unless run_ids are given", "missing"),
+                    FieldError(
+                        ("run_ids",), "at least one, unless a session_id is given", "missing"
+                    ),
+                ),
+            )
+        errors: list[FieldError] = []
+        if self.session_id is not None and as_uuid(self.session_id) is None:
+            errors.append(FieldError(("session_id",), "must be a UUID", "uuid_parsing"))
+        errors += [
+            FieldError(("run_ids", str(number)), "must not be empty nor hold NUL", "value_error")
+            for number, run in enumerate(self.run_ids)
+            if not run or "\0" in run
+        ]
+        if errors:
+            raise Refusal(f"{errors[0].loc[0]} {errors[0].msg}", status=422, errors=tuple(errors))
+
+    @property
+    def session(self) -> UUID | None:
+        """The session, parsed."""
+        return None if self.session_id is None else as_uuid(self.session_id)
+
+
+def as_uuid(text: str) -> UUID | None:
+    """The UUID that `text` spells, if it does."""
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def resolve_project(connection: Connection, request: RebuildRequest) -> UUID:
+    """The id of the project that a request names.
+
+    Raises:
+        Refusal: `not_found_error`, naming the first of the three that does not exist there.
+    """
+    organization = _find(
+        connection,
+        "SELECT id FROM item_organizations WHERE id = %(id)s OR slug = %(slug)s"
+        " ORDER BY id = %(id)s DESC NULLS LAST",
+        "organization",
+        request.organization,
+        None,
+    )
+    workspace = _find(
+        connection,
+        "SELECT id FROM item_workspaces WHERE organization_id = %(parent)s"
+        " AND (id = %(id)s OR slug = %(slug)s) ORDER BY id = %(id)s DESC NULLS LAST",
+        "workspace",
+        request.workspace,
+        organization,
+    )
+    return _find(
+        connection,
+        "SELECT id FROM projects WHERE workspace_id = %(parent)s"
+        " AND (id = %(id)s OR slug = %(slug)s) ORDER BY id = %(id)s DESC NULLS LAST",
+        "project",
+        request.project,
+        workspace,
+    )
+
+
+def _find(
+    connection: Connection, query: LiteralString, kind: str, name: str, parent: UUID | None
+) -> UUID:
+    found = None
+    if "\0" not in name:
+        found = connection.execute(
+            query, {"id": as_uuid(name), "slug": name, "parent": parent}
+        ).fetchone()
+    if found is None:
+        raise Refusal(
+            f"No such {kind}",
+            code="not_found_error",
+            status=404,
+            errors=(FieldError((kind,), "must be the slug or the UUID of an existing one"),),
+        )
+    return found[0]

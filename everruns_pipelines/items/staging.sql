@@ -1,0 +1,139 @@
+-- PostgreSQL: where a rebuild works before it touches a table. Temporary: gone with the connection.
+
+-- The names under which spans know the projects in scope.
+CREATE TEMP TABLE staged_projects (
+    name text PRIMARY KEY,
+    project_id uuid NOT NULL,
+    organization_id uuid NOT NULL
+);
+
+-- Filled by COPY from ClickHouse.
+CREATE TEMP TABLE staged_spans (
+    id bigint GENERATED ALWAYS AS IDENTITY,
+    trace_id text NOT NULL,
+    span_id text NOT NULL,
+    run_id text NOT NULL,
+    project text NOT NULL,
+    ended_ns bigint NOT NULL,
+    whole boolean NOT NULL,
+    state text NOT NULL,
+    outputs text STORAGE EXTERNAL NOT NULL,
+    objects text STORAGE EXTERNAL NOT NULL,
+    complete boolean NOT NULL CHECK (complete)
+);
+
+-- Values that did not come along in a readable span: cut out of a damaged one, or fetched.
+CREATE TEMP TABLE staged_values (
+    span bigint NOT NULL,
+    position integer NOT NULL,
+    key_hint text,
+    session_hint text,
+    fetched boolean NOT NULL,
+    uri text,
+    reason text,
+    detail text,
+    value text STORAGE EXTERNAL
+);
+
+-- Every item output, judged.
+CREATE TEMP TABLE candidates (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    span bigint NOT NULL,
+    position integer NOT NULL,
+    state text NOT NULL, -- valid | rejected | offloaded | out_of_scope
+    reason text,
+    detail text,
+    organization_id uuid NOT NULL,
+    project_id uuid NOT NULL,
+    dedupe_key text,
+    ended_ns bigint NOT NULL,
+    uri text,
+    item_type text,
+    title text,
+    ref text,
+    session_id uuid,
+    trace_id text,
+    span_id text,
+    capability text,
+    capability_version text,
+    schema_ref text,
+    disposition jsonb,
+    links jsonb,
+    data jsonb STORAGE EXTERNAL
+);
+
+-- One candidate per dedupe key, in batches.
+CREATE TEMP TABLE chosen (
+    candidate bigint PRIMARY KEY,
+    batch integer NOT NULL,
+    project_id uuid NOT NULL,
+    dedupe_key text NOT NULL,
+    ref text,
+    ended_ns bigint NOT NULL
+);
+
+-- What is to happen to the items of one batch.
+CREATE TEMP TABLE planned (
+    candidate bigint NOT NULL,
+    item_id uuid,
+    action text NOT NULL, -- insert | refresh | unchanged
+    keeps_data boolean NOT NULL
+);
+
+CREATE TEMP TABLE planned_links (
+    project_id uuid NOT NULL,
+    source_key text NOT NULL,
+    source_id uuid,
+    target_id uuid,
+    relationship text,
+    state text NOT NULL -- create | present | unresolved
+);
+
+-- Whether two payloads are the same but for the order of their lists, which the SDK sorts on the
+-- way into a span. Goes down only where the two differ. Nested too deeply to tell = not the same.
+CREATE FUNCTION pg_temp.same_but_for_list_order(a jsonb, b jsonb, depth integer DEFAULT 0)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF record_image_eq(ROW(a), ROW(b)) THEN
+        RETURN true;
+    ELSIF depth > 40 OR jsonb_typeof(a) <> jsonb_typeof(b) THEN
+        RETURN false;
+    ELSIF jsonb_typeof(a) = 'object' THEN
+        RETURN NOT EXISTS (
+            SELECT
+            FROM jsonb_each(a) AS x FULL JOIN jsonb_each(b) AS y USING (key)
+            WHERE x.value IS NULL OR y.value IS NULL
+            OR NOT pg_temp.same_but_for_list_order(x.value, y.value, depth + 1)
+        );
+    ELSIF jsonb_typeof(a) = 'array' THEN
+        RETURN jsonb_array_length(a) = jsonb_array_length(b)
+            AND record_image_eq(
+                ROW(pg_temp.lists_sorted(a, depth)), ROW(pg_temp.lists_sorted(b, depth))
+            );
+    END IF;
+    RETURN false;
+END
+$$;
+
+CREATE FUNCTION pg_temp.lists_sorted(a jsonb, depth integer) RETURNS jsonb
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF depth > 40 THEN
+        RETURN a;
+    ELSIF jsonb_typeof(a) = 'object' THEN
+        RETURN (
+            SELECT coalesce(jsonb_object_agg(key, pg_temp.lists_sorted(value, depth + 1)), '{}')
+            FROM jsonb_each(a)
+        );
+    ELSIF jsonb_typeof(a) = 'array' THEN
+        RETURN (
+            SELECT coalesce(jsonb_agg(value ORDER BY value::text COLLATE "C"), '[]')
+            FROM (
+                SELECT pg_temp.lists_sorted(value, depth + 1) AS value
+                FROM jsonb_array_elements(a)
+            )
+        );
+    END IF;
+    RETURN a;
+END
+$$;

@@ -1,0 +1,7 @@
+-- PostgreSQL: an item that is stored is rejected no longer.
+DELETE FROM everruns_pipelines.item_rejections AS rejection
+USING chosen
+WHERE
+    chosen.batch = %(batch)s
+    AND rejection.project_id = chosen.project_id
+    AND rejection.dedupe_key = chosen.dedupe_key
