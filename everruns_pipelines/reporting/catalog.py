@@ -6,9 +6,9 @@ what stands here: a seventh fact is one more `.sql` file and one more entry.
 """
 
 from dataclasses import dataclass
-from datetime import date
 from functools import cached_property
 from importlib.resources import files
+from typing import LiteralString, cast
 
 _PROJECTIONS = files("everruns_pipelines.reporting") / "projections"
 
@@ -26,7 +26,7 @@ class Column:
     name: str
     type: str
     description: str
-    dimension: str | None = None
+    dimension: LiteralString | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Source:
         counted_as: its key in the result of a backfill.
         time: the column whose UTC day is the partition of the facts.
         org_from_session: the table has no `org_id`; its session's counts.
-        values: columns that a reconciliation changes in place, and the fact column of each.
     """
 
     type: str
@@ -62,7 +61,11 @@ class Projection:
         name: the `.sql` file in `projections/`.
         event_types: which events it reads, for events.
         provides: dimensions that it does not leave to the session.
-        supersedes: a source that changes can lose rows, which are then removed.
+        rejects: it has the column `rejected`.
+        reports: it has the column `reported`.
+        supersedes: which of the fact's rows one of its sources had, by the source's `org_id` and
+            `source_id`: rows that it no longer has are removed.
+        tracks: columns by whose values a fact of a source that changes tells that it is stale.
     """
 
     name: str
@@ -71,11 +74,13 @@ class Projection:
     provides: tuple[str, ...] = ()
     rejects: bool = False
     reports: bool = False
+    supersedes: LiteralString | None = None
+    tracks: tuple[str, ...] = ()
 
     @cached_property
-    def sql(self) -> str:
+    def sql(self) -> LiteralString:
         """The text of the SELECT."""
-        return (_PROJECTIONS / f"{self.name}.sql").read_text()
+        return cast("LiteralString", (_PROJECTIONS / f"{self.name}.sql").read_text())
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,21 @@ FACTS = (
             Column("success_count", "bigint", "Always 1."),
             Column("error_count", "bigint", "Always 0."),
         ),
-        (Projection("llm_generation", LLM_GENERATION),),
+        (
+            Projection(
+                "llm_generation",
+                LLM_GENERATION,
+                tracks=(
+                    "session_id",
+                    "turn_id",
+                    "model",
+                    "provider",
+                    "finish_reason",
+                    *(column.name for column in _TOKENS),
+                    "duration_ms",
+                ),
+            ),
+        ),
     ),
     Fact(
         "fact_tool_call",
@@ -213,7 +232,7 @@ FACTS = (
             _ALL_TOKENS,
             Column("tool_call_count", "bigint", "Tool calls completed."),
         ),
-        (Projection("session", SESSION),),
+        (Projection("session", SESSION, tracks=("last_active_at",)),),
         has_turn=False,
     ),
     Fact(
@@ -262,7 +281,13 @@ FACTS = (
                 "capability_reported", EVENT, ("capability.usage",), rejects=True, reports=True
             ),
             Projection("capability_effect", EVENT, ("output.message.replaced",), rejects=True),
-            Projection("capability_configured", SESSION),
+            Projection(
+                "capability_configured",
+                SESSION,
+                supersedes="fact.org_id = source.org_id AND fact.session_id = source.source_id"
+                " AND fact.capability_usage_kind = 'configured'"
+                " AND fact.source_key LIKE 'session:%%:configured:%%'",
+            ),
         ),
     ),
 )

@@ -1,0 +1,241 @@
+"""Enqueues the sources whose facts are missing or stale: exactly those, fairly, up to a limit.
+
+What is missing is computed from the tables as they stand; nothing that was found right earlier is
+taken for granted. See docs/backfill.md for why that is cheap.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import LiteralString, cast
+
+import psycopg
+from psycopg import sql
+
+from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Fact, Projection, Source
+from everruns_pipelines.reporting.query import EVERYTHING, projected_rows, selected_rows
+
+# Held by the platform's own backfill and repair for as long as they run.
+GLOBAL_LOCK = 0x6576_6572_7270_7471
+LOCK_WAIT_SECONDS = 30
+LARGEST_LIMIT = 10_000
+
+_WORK_MEM = "256MB"
+_OF_ORG = sql.SQL(
+    "JOIN organizations AS scope ON scope.org_id = {org_id} AND scope.org_id = %(org_id)s"
+)
+
+
+@dataclass(frozen=True)
+class BackfillRequest:
+    """What to enqueue.
+
+    Args:
+        limit: the most outbox rows to enqueue across all source types, from 1 to 10000.
+        org_id: one organization; None for all of them.
+        source_types: some of `event`, `session`, `llm_generation`, `usage_ledger`; None for all.
+        dry_run: count what would be enqueued, and write nothing.
+    """
+
+    limit: int = 1000
+    org_id: int | None = None
+    source_types: Sequence[str] | None = None
+    dry_run: bool = False
+
+
+def enqueue(
+    connection: Connection,
+    request: BackfillRequest,
+    *,
+    lock_wait_seconds: float = LOCK_WAIT_SECONDS,
+) -> dict[str, int]:
+    """Enqueue what is missing or stale, the oldest sources first.
+
+    Exactly min(limit, missing) rows are enqueued, except those that somebody else has meanwhile
+    enqueued. What waits in the outbox already does not count as missing.
+
+    Args:
+        lock_wait_seconds: how long a backfill of all organizations waits for another one.
+
+    Returns:
+        Rows enqueued: `enqueued` in all, and `events`, `llm_generations`, `sessions`,
+        `usage_ledger`.
+
+    Raises:
+        Refusal: the request is not valid, its organization does not exist, or another backfill of
+            all organizations runs on; nothing was enqueued.
+    """
+    _check(connection, request)
+    wanted = request.source_types
+    sources = [source for source in SOURCES if wanted is None or source.type in wanted]
+    enqueued: Counter[str] = Counter()
+    while (open_limit := request.limit - enqueued.total()) > 0:
+        with transaction(connection, work_mem=_WORK_MEM):
+            if request.org_id is None and not request.dry_run:
+                _lock(connection, lock_wait_seconds)
+            _find(connection, sources, request.org_id)
+            chosen = _choose(connection, open_limit)
+            written = chosen if request.dry_run else _write(connection)
+        enqueued += written
+        if written == chosen:
+            break
+        # Others have enqueued some of these first. Look again: there may be more.
+    counts = {source.counted_as: enqueued[source.type] for source in SOURCES}
+    return {"enqueued": enqueued.total(), **counts}
+
+
+def _check(connection: Connection, request: BackfillRequest) -> None:
+    limit, org_id, source_types = request.limit, request.org_id, request.source_types
+    if not _is_integer(limit) or not 1 <= limit <= LARGEST_LIMIT:
+        raise _refused("limit", f"a whole number from 1 to {LARGEST_LIMIT}", limit)
+    if source_types is not None:
+        allowed = [source.type for source in SOURCES]
+        expected = f"null for all, or a list of some of {', '.join(allowed)}"
+        if isinstance(source_types, str) or not source_types:
+            raise _refused("source_types", expected, source_types)
+        for source_type in source_types:
+            if source_type not in allowed:
+                raise _refused("source_types", expected, source_type)
+    if not isinstance(cast("object", request.dry_run), bool):
+        raise _refused("dry_run", "true or false", request.dry_run)
+    if org_id is None:
+        return
+    if not _is_integer(org_id):
+        raise _refused("org_id", "null for all organizations, or the number of one", org_id)
+    if not connection.execute("SELECT FROM organizations WHERE org_id = %s", [org_id]).fetchone():
+        raise Refusal(
+            f"org_id: there is no organization {org_id}",
+            code="not_found_error",
+            status=404,
+            errors=(FieldError(("org_id",), "an organization that exists"),),
+        )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refused(field: str, expected: str, value: object) -> Refusal:
+    return Refusal(
+        f"{field}: expected {expected}; got {repr(value)[:60]}",
+        errors=(FieldError((field,), f"expected {expected}"),),
+    )
+
+
+def _lock(connection: Connection, wait_seconds: float) -> None:
+    """Keep the platform's own backfills out until the end of the transaction."""
+    set_timeout = "SELECT set_config('lock_timeout', %s, true)"
+    usual = connection.execute("SELECT current_setting('lock_timeout')").fetchone()
+    assert usual is not None
+    try:
+        with connection.transaction():
+            # In milliseconds; 0 would wait for ever.
+            connection.execute(set_timeout, [str(max(1, round(wait_seconds * 1000)))])
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", [GLOBAL_LOCK])
+            connection.execute(set_timeout, usual)
+    except psycopg.errors.LockNotAvailable:
+        raise Refusal(
+            f"Another backfill or repair of all organizations holds the advisory lock "
+            f"{GLOBAL_LOCK:#x} and has not finished within {wait_seconds:g} s. "
+            "Try again when it is done, or give an org_id: one organization needs no lock",
+            code="locked",
+            status=409,
+            allowed_actions=("retry", "backfill_one_org"),
+        ) from None
+
+
+def _find(connection: Connection, sources: Sequence[Source], org_id: int | None) -> None:
+    """Fill pg_temp.missing with the sources that lack a fact or have a stale one."""
+    connection.execute("DROP TABLE IF EXISTS pg_temp.missing")
+    connection.execute(
+        "CREATE TEMPORARY TABLE missing"
+        " (source_type text, reason text, org_id bigint, source_id text, at timestamptz)"
+        " ON COMMIT DROP"
+    )
+    scope = EVERYTHING if org_id is None else _OF_ORG
+    for source in sources:
+        connection.execute(
+            sql.SQL("INSERT INTO pg_temp.missing {}").format(_missing(source, scope)),
+            {"org_id": org_id},
+        )
+    connection.execute("ANALYZE pg_temp.missing")
+
+
+def _choose(connection: Connection, limit: int) -> Counter[str]:
+    connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
+    connection.execute(_statement("choose"), {"limit": limit})
+    return Counter(row[0] for row in connection.execute("SELECT source_type FROM pg_temp.chosen"))
+
+
+def _write(connection: Connection) -> Counter[str]:
+    return Counter(row[0] for row in connection.execute(_statement("enqueue")))
+
+
+def _missing(source: Source, scope: sql.SQL) -> sql.Composed:
+    """The sources of one table that lack a fact, have a stale one or one too many."""
+    parts: list[sql.Composable] = []
+    for fact in FACTS:
+        for projection in fact.projections:
+            if projection.source is source:
+                parts.append(_lacking(fact, projection, scope))
+                if projection.supersedes:
+                    parts.append(_superseded(fact, projection, scope))
+    return sql.SQL("SELECT {type}, {reason}, org_id, source_id, at FROM ({parts}) AS found").format(
+        type=sql.Literal(source.type),
+        reason=sql.Literal(source.reason),
+        parts=sql.SQL(" UNION ").join(parts),
+    )
+
+
+def _lacking(fact: Fact, projection: Projection, scope: sql.SQL) -> sql.Composed:
+    """Sources without one of the facts of a projection, or with a stale one."""
+    current = [
+        sql.SQL("fact.{0} IS NOT DISTINCT FROM expected.{0}").format(sql.Identifier(column))
+        for column in projection.tracks
+    ]
+    return sql.SQL(
+        "SELECT org_id, split_part(source_key, ':', 2) AS source_id, created_at AS at"
+        " FROM ({expected}) AS expected"
+        " WHERE rejected IS NULL AND NOT EXISTS (SELECT FROM {fact} AS fact WHERE {is_it})"
+    ).format(
+        expected=projected_rows(fact, projection, scope),
+        fact=sql.Identifier(fact.table),
+        is_it=sql.SQL(" AND ").join(
+            [
+                sql.SQL("fact.org_id = expected.org_id"),
+                sql.SQL("fact.source_key = expected.source_key"),
+                *current,
+            ]
+        ),
+    )
+
+
+def _superseded(fact: Fact, projection: Projection, scope: sql.SQL) -> sql.Composed:
+    """Sources with a fact that their projection no longer makes."""
+    return sql.SQL(
+        "SELECT source.org_id, source.source_id::text, source.at"
+        " FROM (SELECT org_id, id AS source_id, {time} AS at FROM ({sources}) AS source) AS source"
+        " JOIN {fact} AS fact ON {superseded}"
+        " WHERE NOT EXISTS ("
+        "SELECT FROM ({expected}) AS expected"
+        " WHERE expected.org_id = fact.org_id AND expected.source_key = fact.source_key)"
+    ).format(
+        time=sql.Identifier(projection.source.time),
+        sources=selected_rows(projection.source, projection.event_types, scope),
+        fact=sql.Identifier(fact.table),
+        superseded=sql.SQL(projection.supersedes or "true"),
+        expected=projected_rows(fact, projection, scope),
+    )
+
+
+@cache
+def _statement(name: str) -> LiteralString:
+    """A statement of backfill.sql."""
+    text = (files("everruns_pipelines.reporting") / "backfill.sql").read_text()
+    statements = dict(re.findall(r"-- name: (\w+)\n(.*?)(?=-- name: |\Z)", text, re.DOTALL))
+    return cast("LiteralString", statements[name])

@@ -1,0 +1,117 @@
+"""Drains the outbox: claims batch after batch, and projects each in one transaction."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psycopg
+from psycopg import sql
+
+from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.outbox import Claim, Finished, Outbox
+from everruns_pipelines.reporting.projector import (
+    Outcome,
+    project_selection,
+    projections_of,
+    stage,
+)
+
+# Sessions come last: projectors do them one after the other.
+_ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
+_RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+_TRIES = 5
+_SELECTED = sql.SQL(
+    "SELECT org_id, source_id FROM pg_temp.batch"
+    " WHERE source_type = %(source_type)s AND source_id IS NOT NULL"
+)
+
+
+@dataclass
+class Drained:
+    """What a drain did: outbox rows by how they ended, and what was written where."""
+
+    claimed: int = 0
+    completed: int = 0
+    failed: int = 0
+    parked: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def add(self, claim: Claim, finished: Finished, outcome: Outcome) -> None:
+        """Take in what became of one batch."""
+        self.claimed += claim.size
+        self.completed += finished.completed
+        self.failed += finished.failed
+        self.parked += finished.parked
+        self.outcome.add(outcome)
+
+    def result(self) -> dict[str, int]:
+        """The counts, under the names of the interface. Parked rows are among the failed."""
+        return {
+            "claimed": self.claimed,
+            "completed": self.completed,
+            "failed": self.failed,
+            "parked": self.parked,
+        }
+
+
+def drain(
+    connection: Connection,
+    *,
+    max_attempts: int,
+    org_id: int | None = None,
+    batch_size: int = 5000,
+    max_rows: int | None = None,
+    on_batch: Callable[[Drained], None] = lambda _: None,
+) -> Drained:
+    """Project what is due, until nothing is or `max_rows` outbox rows have been claimed.
+
+    Args:
+        connection: in autocommit mode; nothing else may use it meanwhile.
+        max_attempts: attempts after which a row that fails is parked.
+        org_id: the one organization to project; None for all.
+        batch_size: outbox rows per transaction.
+        max_rows: outbox rows in all; None for no bound.
+        on_batch: told of the progress after every batch.
+
+    Raises:
+        psycopg.Error: the database refused or went away. The batch at work is given back.
+    """
+    drained = Drained()
+    with Outbox.opened(connection, max_attempts) as outbox:
+        while max_rows is None or drained.claimed < max_rows:
+            size = batch_size if max_rows is None else min(batch_size, max_rows - drained.claimed)
+            claim = outbox.claim(size, org_id)
+            if claim is None:
+                break
+            try:
+                finished, outcome = _project(connection, outbox, claim)
+            except BaseException:
+                if not connection.closed:
+                    outbox.release(claim)
+                raise
+            drained.add(claim, finished, outcome)
+            on_batch(drained)
+    return drained
+
+
+def _project(connection: Connection, outbox: Outbox, claim: Claim) -> tuple[Finished, Outcome]:
+    for _ in range(_TRIES - 1):
+        try:
+            return _project_once(connection, outbox, claim)
+        except _RACES:
+            continue
+    return _project_once(connection, outbox, claim)
+
+
+def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> tuple[Finished, Outcome]:
+    total = Outcome()
+    with transaction(connection):
+        # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
+        connection.execute("SET LOCAL random_page_cost = 1.1")
+        outbox.take(claim)
+        for source in _ORDER:
+            staged = stage(connection, _SELECTED, {"source_type": source.type})
+            outcome = project_selection(connection, projections_of(source), 1, staged)
+            outbox.fail(source, outcome.failures)
+            total.add(Outcome(outcome.counts))
+        return outbox.finish(claim), total

@@ -1,0 +1,140 @@
+"""The outbox: claim, finish, fail, park, purge. The queue's rules and nothing else.
+
+Its statements stand in `outbox.sql`, each under its name.
+"""
+
+import re
+import secrets
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib.resources import files
+from typing import Any, LiteralString, cast
+
+from psycopg import sql
+
+from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.reporting.catalog import SOURCES, Source
+from everruns_pipelines.reporting.projector import Failure
+
+_PURGE_SIZE = 10_000
+
+
+def _statements() -> Mapping[str, LiteralString]:
+    text = (files("everruns_pipelines.reporting") / "outbox.sql").read_text()
+    parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], cast("list[LiteralString]", parts[1::2]), strict=True))
+
+
+_SQL = _statements()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Rows that this projector works on: those that are processing since `claimed_at`."""
+
+    claimed_at: datetime
+    size: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How many rows of a claim ended how. Parked ones are among the failed."""
+
+    completed: int
+    failed: int
+    parked: int
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """A projector's hold on the queue, for the life of its connection."""
+
+    connection: Connection
+    lock_key: int
+    max_attempts: int
+
+    @classmethod
+    @contextmanager
+    def opened(cls, connection: Connection, max_attempts: int) -> "Generator[Outbox]":
+        """Hold the lock that tells other projectors that this one lives."""
+        lock_key = secrets.randbits(62)
+        connection.execute("SELECT pg_advisory_lock(%s)", [lock_key])
+        try:
+            yield cls(connection, lock_key, max_attempts)
+        finally:
+            if not connection.closed:
+                connection.execute("SELECT pg_advisory_unlock(%s)", [lock_key])
+
+    def claim(self, size: int, org_id: int | None = None) -> Claim | None:
+        """Take up to `size` due rows, in equal shares per organization; None if none is due.
+
+        Committed at once: the rows are processing for everybody to see.
+        """
+        with transaction(self.connection):
+            self._execute("return_lost")
+            claimed = 0
+            while claimed < size:
+                orgs = self._number("count_due_orgs", org_id=org_id)
+                if orgs == 0:
+                    break
+                left = size - claimed
+                taken = self._execute(
+                    "claim", org_id=org_id, size=left, share=-(-left // orgs)
+                ).rowcount
+                if taken == 0:  # what is due is being claimed by somebody else
+                    break
+                claimed += taken
+            if claimed == 0:
+                return None
+            row = self._execute("remember_claim").fetchone()
+        assert row is not None
+        return Claim(row[0], claimed)
+
+    def take(self, claim: Claim) -> None:
+        """Make the claimed rows the temporary table `batch`, until the end of the transaction."""
+        self._execute("take_batch", claimed_at=claim.claimed_at)
+        self._execute("refuse_malformed", source_types=[source.type for source in SOURCES])
+
+    def fail(self, source: Source, failures: list[Failure]) -> None:
+        """Note which rows of the batch fail, and why."""
+        self._execute(
+            "note_failures",
+            source_type=source.type,
+            org_ids=[failure.org_id for failure in failures],
+            source_ids=[failure.source_id for failure in failures],
+            reasons=[failure.reason for failure in failures],
+        )
+
+    def finish(self, claim: Claim) -> Finished:
+        """Complete or fail the rows of the batch that are still ours."""
+        row = self._execute("finish", claimed_at=claim.claimed_at).fetchone()
+        self._execute("forget_claim", claimed_at=claim.claimed_at)
+        assert row is not None
+        return Finished(*row)
+
+    def release(self, claim: Claim) -> None:
+        """Give the rows back as if they had not been claimed."""
+        with transaction(self.connection):
+            self._execute("release", claimed_at=claim.claimed_at)
+            self._execute("forget_claim", claimed_at=claim.claimed_at)
+
+    def _execute(self, name: str, **parameters: Any) -> Any:
+        return self.connection.execute(
+            sql.SQL(_SQL[name]),
+            {"lock_key": self.lock_key, "max_attempts": self.max_attempts, **parameters},
+        )
+
+    def _number(self, name: str, **parameters: Any) -> int:
+        return int(self._execute(name, **parameters).fetchone()[0])
+
+
+def purge(connection: Connection, age: timedelta) -> int:
+    """Remove rows that were completed longer than `age` ago; how many."""
+    removed = 0
+    while True:
+        batch = connection.execute(_SQL["purge"], {"age": age, "size": _PURGE_SIZE}).rowcount
+        removed += batch
+        if batch < _PURGE_SIZE:
+            return removed

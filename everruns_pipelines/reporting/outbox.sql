@@ -1,0 +1,185 @@
+-- Every statement of the outbox's life, by name: the queue can be read here without reading Python.
+
+-- name: return_lost
+-- Rows of projectors that died are pending again, and parked if their attempts are used up. One of
+-- ours holds an advisory lock while it lives, so its death shows at once; a foreign one is taken
+-- for dead after 15 minutes.
+WITH abandoned AS (
+    DELETE FROM everruns_pipelines.outbox_claims
+    WHERE claimed_at IN (
+        SELECT claimed_at
+        FROM everruns_pipelines.outbox_claims
+        WHERE lock_key <> %(lock_key)s AND pg_try_advisory_xact_lock(lock_key)
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING claimed_at
+)
+UPDATE reporting_outbox AS outbox
+SET status = CASE WHEN is_last THEN 'failed' ELSE 'pending' END,
+    next_attempt_at = CASE WHEN is_last THEN 'infinity' ELSE next_attempt_at END,
+    last_error = CASE
+        WHEN is_last THEN 'its projector died while working on it' ELSE last_error
+    END,
+    updated_at = now()
+FROM (
+    SELECT id AS lost_id, attempts >= %(max_attempts)s AS is_last
+    FROM reporting_outbox
+    WHERE status = 'processing'
+        AND (
+            claimed_at < now() - interval '15 minutes'
+            OR claimed_at IN (SELECT claimed_at FROM abandoned)
+        )
+    FOR UPDATE SKIP LOCKED
+) AS lost
+WHERE id = lost_id
+
+-- name: count_due_orgs
+-- Organizations with something due: each gets an equal share of the batch.
+SELECT count(*)
+FROM organizations AS organization
+WHERE (%(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s)
+    AND (
+        EXISTS (
+            SELECT FROM reporting_outbox
+            WHERE org_id = organization.org_id AND status = 'pending' AND next_attempt_at <= now()
+        )
+        OR EXISTS (
+            SELECT FROM reporting_outbox
+            WHERE org_id = organization.org_id AND status = 'failed' AND next_attempt_at <= now()
+        )
+    )
+
+-- name: claim
+-- Up to `share` due rows of every organization, the oldest first, and `size` in all. Two index
+-- scans per organization, one for each status: so it costs the same however long the queue is.
+WITH due AS (
+    SELECT
+        id,
+        next_attempt_at,
+        row_number() OVER (
+            PARTITION BY organization.org_id ORDER BY next_attempt_at, oldest.created_at
+        ) AS place
+    FROM organizations AS organization
+    CROSS JOIN LATERAL (
+        SELECT * FROM (
+            SELECT id, next_attempt_at, created_at
+            FROM reporting_outbox
+            WHERE org_id = organization.org_id AND status = 'pending' AND next_attempt_at <= now()
+            ORDER BY next_attempt_at
+            LIMIT %(share)s
+            FOR UPDATE SKIP LOCKED
+        ) AS pending
+        UNION ALL
+        SELECT * FROM (
+            SELECT id, next_attempt_at, created_at
+            FROM reporting_outbox
+            WHERE org_id = organization.org_id AND status = 'failed' AND next_attempt_at <= now()
+            ORDER BY next_attempt_at
+            LIMIT %(share)s
+            FOR UPDATE SKIP LOCKED
+        ) AS failed
+    ) AS oldest
+    WHERE %(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s
+)
+UPDATE reporting_outbox
+SET status = 'processing',
+    attempts = attempts + 1,
+    claimed_at = now(),
+    updated_at = now()
+WHERE id = ANY (
+    ARRAY(
+        SELECT id FROM due
+        WHERE place <= %(share)s
+        ORDER BY place, next_attempt_at
+        LIMIT %(size)s
+    )
+)
+
+-- name: remember_claim
+INSERT INTO everruns_pipelines.outbox_claims (claimed_at, lock_key)
+VALUES (now(), %(lock_key)s)
+RETURNING claimed_at
+
+-- name: forget_claim
+DELETE FROM everruns_pipelines.outbox_claims WHERE claimed_at = %(claimed_at)s
+
+-- name: take_batch
+-- The claimed rows, as they stand before their sources are read: a later change of
+-- `next_attempt_at` tells of an enqueue that this batch may not have seen.
+CREATE TEMPORARY TABLE batch ON COMMIT DROP AS
+SELECT
+    id,
+    org_id,
+    source_type,
+    CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS source_id,
+    next_attempt_at,
+    NULL::text AS error
+FROM reporting_outbox
+WHERE status = 'processing' AND claimed_at = %(claimed_at)s
+
+-- name: refuse_malformed
+UPDATE pg_temp.batch
+SET error = 'the source id is no UUID'
+WHERE source_id IS NULL AND source_type = ANY (%(source_types)s)
+
+-- name: note_failures
+UPDATE pg_temp.batch
+SET error = left(failed.reason, 2000)
+FROM unnest(%(org_ids)s::bigint[], %(source_ids)s::uuid[], %(reasons)s::text[])
+    AS failed (org_id, source_id, reason)
+WHERE batch.source_type = %(source_type)s
+    AND batch.org_id = failed.org_id
+    AND batch.source_id = failed.source_id
+
+-- name: finish
+-- Completes what was projected. Fenced: a row that somebody else has claimed since is not ours to
+-- finish. One that was enqueued again since it was taken is pending again.
+WITH finished AS (
+    UPDATE reporting_outbox AS outbox
+    SET status = CASE
+            WHEN outbox.next_attempt_at <> batch.next_attempt_at THEN 'pending'
+            WHEN batch.error IS NULL THEN 'completed'
+            ELSE 'failed'
+        END,
+        next_attempt_at = CASE
+            WHEN outbox.next_attempt_at <> batch.next_attempt_at OR batch.error IS NULL
+                THEN outbox.next_attempt_at
+            WHEN outbox.attempts >= %(max_attempts)s THEN 'infinity'
+            ELSE now() + make_interval(
+                secs => least(2 ^ least(greatest(outbox.attempts, 1), 8) * 30, 3600)
+            )
+        END,
+        last_error = batch.error,
+        updated_at = now()
+    FROM pg_temp.batch
+    WHERE outbox.id = batch.id
+        AND outbox.status = 'processing'
+        AND outbox.claimed_at = %(claimed_at)s
+    RETURNING outbox.status, outbox.next_attempt_at
+)
+SELECT
+    count(*) FILTER (WHERE status = 'completed') AS completed,
+    count(*) FILTER (WHERE status = 'failed') AS failed,
+    count(*) FILTER (WHERE status = 'failed' AND next_attempt_at = 'infinity') AS parked
+FROM finished
+
+-- name: release
+-- Undoes a claim whose batch could not be worked on, through no fault of its rows.
+UPDATE reporting_outbox
+SET status = 'pending', attempts = greatest(attempts - 1, 0), updated_at = now()
+WHERE status = 'processing' AND claimed_at = %(claimed_at)s
+
+-- name: purge
+-- Removes what was completed long ago, a bounded number of rows at a time.
+DELETE FROM reporting_outbox
+WHERE id = ANY (
+    ARRAY(
+        SELECT id
+        FROM reporting_outbox
+        WHERE status = 'completed'
+            AND next_attempt_at < now() - %(age)s::interval
+            AND updated_at < now() - %(age)s::interval
+        LIMIT %(size)s
+        FOR UPDATE SKIP LOCKED
+    )
+)

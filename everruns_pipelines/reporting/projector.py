@@ -1,0 +1,320 @@
+"""Applies projections to a selection of sources: writes what differs, and tells what it did.
+
+The selection is staged in the temporary table `selection`, numbered, so that any part of it can be
+projected again. Everything happens in the caller's transaction.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cache
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from everruns_pipelines.postgres import Connection
+from everruns_pipelines.reporting.catalog import FACTS, SESSION, Fact, Projection, Source
+from everruns_pipelines.reporting.query import STAGED, projected_rows
+
+# Sessions can lose rows. Whoever projects them reads them only after the one before has committed:
+# else an older state of a session could bring back what a newer one has removed.
+_SESSIONS_LOCK = 0x6576_7270_7365_7373
+_LARGEST_BIGINT = 2**63 - 1
+
+# What a row can do to its own statement: bad values (22), violated constraints (23), an index entry
+# that is too large (54). Everything else concerns the server, not the row.
+_ROW_ERRORS = ("22", "23", "54")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source row whose facts cannot be stored, and why. Holds no value of the row."""
+
+    org_id: int
+    source_id: str
+    reason: str
+
+
+@dataclass
+class Outcome:
+    """What a projection did: per fact table and UTC day, counts under the names in `COUNTS`."""
+
+    counts: dict[tuple[str, date], Counter[str]] = field(
+        default_factory=dict[tuple[str, date], Counter[str]]
+    )
+    failures: list[Failure] = field(default_factory=list[Failure])
+
+    def add(self, other: "Outcome") -> None:
+        """Take in what another part of the selection did."""
+        for key, counts in other.counts.items():
+            self.counts.setdefault(key, Counter()).update(counts)
+        self.failures += other.failures
+
+
+COUNTS = ("read", "inserted", "refreshed", "unchanged", "removed", "rejected")
+
+
+def projections_of(
+    source: Source, facts: Sequence[Fact] = FACTS
+) -> tuple[tuple[Fact, Projection], ...]:
+    """The projections that read `source` and write one of `facts`."""
+    return tuple(
+        (fact, projection)
+        for fact in facts
+        for projection in fact.projections
+        if projection.source is source
+    )
+
+
+def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, Any]) -> int:
+    """Make the selection out of a query for `org_id` and `source_id`; how many it holds.
+
+    It lasts until the end of the transaction.
+    """
+    connection.execute("DROP TABLE IF EXISTS pg_temp.selection")
+    connection.execute(
+        "CREATE TEMPORARY TABLE selection"
+        " (part integer, org_id bigint, source_id uuid) ON COMMIT DROP"
+    )
+    staged = connection.execute(
+        sql.SQL(
+            "INSERT INTO pg_temp.selection"
+            " SELECT row_number() OVER (ORDER BY org_id, source_id), org_id, source_id"
+            " FROM (SELECT DISTINCT org_id, source_id FROM ({}) AS rows) AS selected"
+        ).format(rows),
+        parameters,
+    ).rowcount
+    connection.execute("ANALYZE pg_temp.selection")
+    return staged
+
+
+def project_selection(
+    connection: Connection,
+    projections: Iterable[tuple[Fact, Projection]],
+    first: int,
+    last: int,
+) -> Outcome:
+    """Project the sources numbered `first` to `last` of the selection, each wholly or not at all.
+
+    Sources whose facts cannot be stored are among the failures; their neighbours are written.
+    """
+    if first > last:
+        return Outcome()
+    projections = tuple(projections)
+    if any(projection.source is SESSION for _, projection in projections):
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
+    try:
+        with connection.transaction() as savepoint:
+            outcome = Outcome()
+            for fact, projection in projections:
+                outcome.add(_project(connection, fact, projection, first, last))
+            if outcome.failures:
+                raise psycopg.Rollback(savepoint)
+    except psycopg.Error as error:
+        if not (error.sqlstate or "").startswith(_ROW_ERRORS):
+            raise
+        if first == last:
+            return Outcome(failures=_failed(connection, first, error))
+        middle = (first + last) // 2
+        outcome = project_selection(connection, projections, first, middle)
+        outcome.add(project_selection(connection, projections, middle + 1, last))
+        return outcome
+    if not outcome.failures:
+        return outcome
+    _unselect(connection, outcome.failures)
+    remaining = project_selection(connection, projections, first, last)
+    remaining.failures += outcome.failures
+    return remaining
+
+
+def _failed(connection: Connection, part: int, error: psycopg.Error) -> list[Failure]:
+    rows = connection.execute(
+        "SELECT org_id, source_id::text FROM pg_temp.selection WHERE part = %s", [part]
+    )
+    # The primary message of these errors can quote the value; what it is about cannot.
+    reason = error.diag.constraint_name or error.diag.column_name
+    name = type(error).__name__
+    return [
+        Failure(org_id, source_id, f"{name}: {reason}" if reason else name)
+        for org_id, source_id in rows
+    ]
+
+
+def _unselect(connection: Connection, failures: list[Failure]) -> None:
+    connection.execute(
+        "DELETE FROM pg_temp.selection USING unnest(%s::bigint[], %s::uuid[]) AS failed (org, id)"
+        " WHERE org_id = failed.org AND source_id = failed.id",
+        [[failure.org_id for failure in failures], [failure.source_id for failure in failures]],
+    )
+
+
+def _project(
+    connection: Connection, fact: Fact, projection: Projection, first: int, last: int
+) -> Outcome:
+    """Write one projection of a part of the selection.
+
+    A row that somebody else wrote since we compared it is left alone and compared again: so an
+    older state of a source never overwrites a newer one, and no update is lost.
+    """
+    statement = _statement(fact, projection)
+    written: Counter[tuple[str, date]] = Counter()
+    while True:
+        outcome = Outcome()
+        contested = 0
+        for row in connection.execute(statement, {"first": first, "last": last}):
+            day, read, inserted, refreshed, removed, rejected, wanted, unstorable = row
+            contested += wanted - inserted - refreshed
+            written["inserted", day] += inserted
+            written["refreshed", day] += refreshed
+            written["removed", day] += removed
+            counts = Counter(
+                read=read,
+                inserted=written["inserted", day],
+                refreshed=written["refreshed", day],
+                removed=written["removed", day],
+                rejected=rejected,
+            )
+            counts["unchanged"] = (
+                read - rejected - counts["inserted"] - counts["refreshed"] - len(unstorable or ())
+            )
+            outcome.counts[fact.table, day] = counts
+            outcome.failures += [Failure(*failure) for failure in unstorable or ()]
+        if not contested:
+            return outcome
+
+
+@cache
+def _statement(fact: Fact, projection: Projection) -> sql.Composed:
+    columns = [sql.Identifier(column.name) for column in fact.columns]
+    return sql.SQL(_PROJECT).format(
+        projected=projected_rows(fact, projection, STAGED),
+        unstorable=_unstorable(fact),
+        fact=sql.Identifier(fact.table),
+        name=sql.Literal(fact.table),
+        columns=sql.SQL(", ").join(columns),
+        of_fact=sql.SQL(", ").join(sql.SQL("fact.{}").format(column) for column in columns),
+        of_projection=sql.SQL(", ").join(
+            sql.SQL("projected.{}").format(column) for column in columns
+        ),
+        refresh=sql.SQL(", ").join(
+            sql.SQL("{0} = excluded.{0}").format(column) for column in columns
+        ),
+        noted=sql.SQL(_NOTED if projection.rejects or projection.reports else "").format(
+            name=sql.Literal(fact.table)
+        ),
+        removed=sql.SQL(_REMOVED if projection.supersedes else _NOTHING_REMOVED).format(
+            fact=sql.Identifier(fact.table), superseded=sql.SQL(projection.supersedes or "")
+        ),
+    )
+
+
+def _unstorable(fact: Fact) -> sql.Composed:
+    """Says which sum is beyond what its column holds."""
+    return sql.SQL("CASE {} END").format(
+        sql.SQL(" ").join(
+            sql.SQL("WHEN {} > {} THEN {}").format(
+                sql.Identifier("projected", column.name),
+                sql.Literal(_LARGEST_BIGINT),
+                sql.Literal(f"{column.name} is beyond bigint"),
+            )
+            for column in fact.columns
+            if column.type == "bigint"
+        )
+    )
+
+
+_PROJECT = """
+WITH compared AS MATERIALIZED (
+    SELECT
+        projected.*,
+        {unstorable} AS unstorable,
+        fact.projected_at AS seen_at,
+        projected.rejected IS NULL
+            AND ({of_projection}) IS DISTINCT FROM ({of_fact}) AS wanted
+    FROM ({projected}) AS projected
+    LEFT JOIN {fact} AS fact USING (org_id, source_key)
+),
+written AS (
+    INSERT INTO {fact} AS fact ({columns}, projected_at)
+    SELECT {columns}, coalesce(seen_at, now())
+    FROM compared
+    WHERE wanted AND unstorable IS NULL
+    ORDER BY org_id, source_key
+    ON CONFLICT (org_id, source_key) DO UPDATE
+    SET {refresh}, projected_at = now()
+    -- `excluded` carries when the row that we compared was written: is it still that one?
+    WHERE fact.projected_at = excluded.projected_at
+    RETURNING new.time_bucket_day AS day, old.org_id IS NULL AS is_new
+),
+{noted}
+removed AS ({removed})
+SELECT
+    day,
+    coalesce(read, 0),
+    coalesce(inserted, 0),
+    coalesce(refreshed, 0),
+    coalesce(gone, 0),
+    coalesce(rejected, 0),
+    coalesce(wanted, 0),
+    unstorable
+FROM (
+    SELECT
+        time_bucket_day AS day,
+        count(*) AS read,
+        count(*) FILTER (WHERE rejected IS NOT NULL) AS rejected,
+        count(*) FILTER (WHERE wanted AND unstorable IS NULL) AS wanted,
+        jsonb_agg(
+            jsonb_build_array(org_id, split_part(source_key, ':', 2), unstorable)
+        ) FILTER (WHERE rejected IS NULL AND unstorable IS NOT NULL) AS unstorable
+    FROM compared
+    GROUP BY 1
+) AS compared
+FULL JOIN (
+    SELECT
+        day,
+        count(*) FILTER (WHERE is_new) AS inserted,
+        count(*) FILTER (WHERE NOT is_new) AS refreshed
+    FROM written
+    GROUP BY 1
+) AS written USING (day)
+FULL JOIN (SELECT day, count(*) AS gone FROM removed GROUP BY 1) AS removed USING (day)
+"""
+
+_NOTED = """
+noted AS (
+    INSERT INTO everruns_pipelines.fact_rejections AS known
+        (fact, org_id, source_key, reason, written)
+    SELECT {name}, org_id, source_key, coalesce(rejected, reported), rejected IS NULL
+    FROM compared
+    WHERE coalesce(rejected, reported) IS NOT NULL
+    ON CONFLICT (fact, org_id, source_key) DO UPDATE
+    SET reason = excluded.reason, written = excluded.written, rejected_at = now()
+    WHERE (known.reason, known.written) IS DISTINCT FROM (excluded.reason, excluded.written)
+),
+settled AS (
+    DELETE FROM everruns_pipelines.fact_rejections AS known
+    USING compared
+    WHERE known.fact = {name}
+        AND known.org_id = compared.org_id
+        AND known.source_key = compared.source_key
+        AND coalesce(compared.rejected, compared.reported) IS NULL
+),
+"""
+
+_REMOVED = """
+    DELETE FROM {fact} AS fact
+    USING pg_temp.selection AS source, sessions AS session
+    WHERE source.part BETWEEN %(first)s AND %(last)s
+        AND session.id = source.source_id
+        AND session.org_id = source.org_id
+        AND {superseded}
+        AND NOT EXISTS (
+            SELECT FROM compared
+            WHERE compared.org_id = fact.org_id AND compared.source_key = fact.source_key
+        )
+    RETURNING fact.time_bucket_day AS day
+"""
+
+_NOTHING_REMOVED = "SELECT NULL::date AS day WHERE false"
