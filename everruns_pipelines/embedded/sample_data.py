@@ -5,10 +5,9 @@ each. Sessions are told one after the other in the order they began, and copied 
 time, so memory does not grow with the data.
 """
 
-import json
 from bisect import bisect
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
@@ -16,12 +15,14 @@ from random import Random
 from typing import Any
 
 from psycopg import sql
+from pydantic_core import to_json
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import Connection, transaction
 
 _EVENTS_PER_SESSION = 60
-_EVENTS_PER_COPY = 20_000
+_EVENTS_PER_BATCH = 20_000
+_ROWS_PER_PORTION = 200
 _PROJECTED_TYPES = frozenset(
     {
         "tool.completed",
@@ -72,7 +73,7 @@ _TOOLS = (
     ("web_fetch", "Fetch page", "web_search", 1300),
     ("python", "Run Python", "python", 2600),
 )
-_TOOL_CALLS_PER_TURN = (0, 1, 2, 2, 3, 3, 4, 5, 7, 12)
+_TOOL_CALLS_PER_TURN = (0, 1, 2, 3, 4, 5, 6, 8, 11, 20)
 _TOOL_STATUSES = ("success",) * 92 + ("error",) * 5 + ("timeout",) * 2 + ("cancelled",)
 _TURN_ENDS = ("completed",) * 92 + ("failed",) * 5 + ("cancelled",) * 3
 _MODELS = (
@@ -96,8 +97,6 @@ _ANSWERS = (
 )
 # What a turn says besides the events that project, the most telling first.
 _CHATTER = ("input.message", "output.message.completed", "llm.generation", "turn.started")
-
-_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -152,37 +151,34 @@ def load_sample_data(
             "enqueued_share from 0 to 1"
         )
     until = (until or datetime.now(UTC)).astimezone(UTC)
+    until = until.replace(microsecond=until.microsecond // 1000 * 1000)
     since = until - timedelta(days=days)
     dice = _Dice(seed)
-    with transaction(connection, work_mem=None):
-        if connection.execute("SELECT FROM organizations LIMIT 1").fetchone():
+    with transaction(connection):
+        if connection.execute("SELECT true FROM organizations LIMIT 1").fetchone():
             raise Refusal("sample data needs an empty database; this one holds organizations")
         # The triggers would set every session's updated_at to now; the rows below carry the
         # counters that they keep.
         connection.execute("SET LOCAL session_replication_role = replica")
-        tables = _Tables(connection)
-        queue = _Queue(tables, dice, enqueued_share)
+        load = _Load(connection, dice, enqueued_share)
         orgs = [
-            _found_organization(tables, dice, number, since)
-            for number in range(1, len(_ORGANIZATIONS) + 1)
+            _found_organization(load, number, since) for number in range(1, len(_ORGANIZATIONS) + 1)
         ]
         connection.execute("SELECT setval('organizations_org_id_seq', %s)", [len(orgs)])
         chances = [share for _, share, _ in _ORGANIZATIONS]
         sessions = max(1, round(events / _EVENTS_PER_SESSION))
-        for number, begun in enumerate(_session_starts(dice, sessions, since, until)):
+        told = 0
+        for number, begun in enumerate(_session_starts(dice, sessions, since, until), 1):
             [org] = dice.choices(orgs, chances)
-            session = _Session(tables, queue, dice, org, begun, until)
             # Sizes vary, their sum does not drift: each session tells events up to its quota.
-            quota = min(events, events * (number + dice.uniform(0.5, 1.5)) / sessions)
-            session.take_turns(quota if number + 1 < sessions else events, projected_share)
-            session.close()
-            if tables.waiting("events") >= _EVENTS_PER_COPY:
-                tables.flush()
+            quota = events * (number + dice.uniform(-0.5, 0.5)) / sessions
+            quota = int(min(quota, events)) if number < sessions else events
+            told += _Session(load, org, begun, until).tell(quota - told, projected_share)
+            load.copy_some()
         for org in orgs:
-            _close_budgets(tables, org, until)
-        tables.flush()
-        tables.analyze()
-    return SampleData(dict(tables.counts), dict(queue.sources), since, until)
+            _close_budgets(load, org, until)
+        load.finish()
+    return SampleData(dict(load.rows), dict(load.sources), since, until)
 
 
 class _Dice(Random):
@@ -191,86 +187,84 @@ class _Dice(Random):
 
     def uuid(self, at: datetime) -> str:
         """A UUIDv7: the time in ms, then chance."""
-        bits = self.getrandbits(74)
-        value = (
-            int(at.timestamp() * 1000) << 80
-            | 0x7 << 76
-            | (bits >> 62) << 64
-            | 0b10 << 62
-            | bits & (1 << 62) - 1
-        )
-        text = f"{value:032x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        ms, tail = int(at.timestamp() * 1000), f"{self.getrandbits(72):018x}"
+        return f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{tail[:3]}-8{tail[3:6]}-{tail[6:]}"
 
     def public_id(self, prefix: str) -> str:
         return f"{prefix}_{self.getrandbits(128):032x}"
 
 
-class _Tables:
-    """Rows on their way to their tables: held until `flush` copies them."""
+class _Load:
+    """Rows on their way to their tables, a batch at a time.
 
-    def __init__(self, connection: Connection) -> None:
-        self.counts: Counter[str] = Counter()
+    While one batch is made, the one before it is copied in small portions, so that the server
+    and this process work at the same time.
+    """
+
+    def __init__(self, connection: Connection, dice: _Dice, enqueued_share: float) -> None:
+        self.dice = dice
+        self.rows: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
         self._connection = connection
-        self._columns: dict[str, tuple[str, ...]] = {}
-        self._rows: dict[str, list[tuple[Any, ...]]] = {}
+        self._enqueued_share = enqueued_share
+        self._batch: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._portions: Iterator[None] = iter(())
 
     def add(self, table: str, /, **row: Any) -> None:
         """Every row of a table gives the same columns in the same order."""
-        if table not in self._columns:
-            self._columns[table] = tuple(row)
-            self._rows[table] = []
-        self._rows[table].append(tuple(row.values()))
-        self.counts[table] += 1
-
-    def waiting(self, table: str) -> int:
-        return len(self._rows.get(table, ()))
-
-    def flush(self) -> None:
-        with self._connection.cursor() as cursor:
-            for table, rows in self._rows.items():
-                statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
-                    sql.Identifier(table),
-                    sql.SQL(", ").join(map(sql.Identifier, self._columns[table])),
-                )
-                with cursor.copy(statement) as copy:
-                    for row in rows:
-                        copy.write_row(row)
-                rows.clear()
-
-    def analyze(self) -> None:
-        """In the transaction: planners know the tables from the moment others see the rows."""
-        names = sql.SQL(", ").join(map(sql.Identifier, self._columns))
-        self._connection.execute(sql.SQL("ANALYZE {}").format(names))
-
-
-class _Queue:
-    """The application's side of the outbox: it enqueues most of what needs a projection."""
-
-    def __init__(self, tables: _Tables, dice: _Dice, share: float) -> None:
-        self.sources: Counter[str] = Counter()
-        self._tables = tables
-        self._dice = dice
-        self._share = share
+        self._batch[table].append(row)
 
     def enqueue(
         self, source_type: str, org_id: int, source_id: str, version: str, at: datetime
     ) -> None:
+        """What the application does on its hot path, and sometimes fails to do."""
         self.sources[source_type] += 1
-        if not self._dice.chance(self._share):
+        if not self.dice.chance(self._enqueued_share):
             return
-        self._tables.add(
+        text = str(at)
+        self.add(
             "reporting_outbox",
-            id=self._dice.uuid(at),
+            id=self.dice.uuid(at),
             org_id=org_id,
             source_type=source_type,
             source_id=source_id,
             source_version=version,
             reason=_REASONS[source_type],
-            next_attempt_at=at,
-            created_at=at,
-            updated_at=at,
+            next_attempt_at=text,
+            created_at=text,
+            updated_at=text,
         )
+
+    def copy_some(self) -> None:
+        """Copy a portion of the batch before; start with this batch if it is large enough."""
+        next(self._portions, None)
+        if len(self._batch["events"]) >= _EVENTS_PER_BATCH:
+            self._drain()
+            self._portions, self._batch = self._copy(self._batch), defaultdict(list)
+
+    def finish(self) -> None:
+        """Copy what is left, and let planners know the tables."""
+        self._drain()
+        self._portions = self._copy(self._batch)
+        self._drain()
+        names = sql.SQL(", ").join(map(sql.Identifier, self.rows))
+        self._connection.execute(sql.SQL("ANALYZE {}").format(names))
+
+    def _drain(self) -> None:
+        for _ in self._portions:
+            pass
+
+    def _copy(self, batch: Mapping[str, list[dict[str, Any]]]) -> Iterator[None]:
+        for table, rows in batch.items():
+            statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+                sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, rows[0]))
+            )
+            with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+                for number, row in enumerate(rows, 1):
+                    copy.write_row(tuple(row.values()))
+                    if number % _ROWS_PER_PORTION == 0:
+                        yield
+            self.rows[table] += len(rows)
 
 
 @dataclass
@@ -295,15 +289,13 @@ class _Organization:
     budgets: list[_Budget] = field(default_factory=list[_Budget])
 
 
-def _found_organization(
-    tables: _Tables, dice: _Dice, number: int, since: datetime
-) -> _Organization:
+def _found_organization(load: _Load, number: int, since: datetime) -> _Organization:
     """An organization as it stood before its first session."""
     name, _, people = _ORGANIZATIONS[number - 1]
     org = _Organization(number, since - timedelta(days=90))
-    public_id = dice.public_id("org")
-    _add_people(tables, dice, org, name, people)
-    tables.add(
+    public_id = load.dice.public_id("org")
+    _add_people(load, org, name, people)
+    load.add(
         "organizations",
         org_id=org.id,
         public_id=public_id,
@@ -313,20 +305,22 @@ def _found_organization(
         created_by=org.owners[0][1],
     )
     for app in _APPS:
-        org.apps.append(dice.uuid(org.begun))
-        tables.add("apps", id=org.apps[-1], org_id=org.id, name=app)
-    _add_capabilities(tables, dice, org, name)
-    _add_agents(tables, dice, org)
+        org.apps.append(load.dice.uuid(org.begun))
+        load.add("apps", id=org.apps[-1], org_id=org.id, name=app)
+    _add_capabilities(load, org, name)
+    _add_agents(load, org)
     subjects = [("org", public_id), *(("agent", agent) for agent in org.agents[:2])]
-    org.budgets = [_Budget(dice.uuid(org.begun), *subject, limit=5000.0) for subject in subjects]
+    org.budgets = [
+        _Budget(load.dice.uuid(org.begun), *subject, limit=5000.0) for subject in subjects
+    ]
     return org
 
 
-def _add_people(tables: _Tables, dice: _Dice, org: _Organization, name: str, people: int) -> None:
+def _add_people(load: _Load, org: _Organization, name: str, people: int) -> None:
     for number in range(people):
         person = f"{_PEOPLE[number % len(_PEOPLE)]} {number + 1}"
-        user_id = dice.uuid(org.begun)
-        tables.add(
+        user_id = load.dice.uuid(org.begun)
+        load.add(
             "users",
             id=user_id,
             email=f"{person.lower().replace(' ', '.')}@{name.lower()}.example",
@@ -335,18 +329,18 @@ def _add_people(tables: _Tables, dice: _Dice, org: _Organization, name: str, peo
             created_at=org.begun,
             updated_at=org.begun,
         )
-        user = _add_principal(tables, dice, org, "user", user_id, None, user_id)
+        user = _add_principal(load, org, "user", user_id, None, user_id)
         if number % 5 == 0:  # some people lend their rights to an agent
-            _add_principal(tables, dice, org, "agent_identity", dice.uuid(org.begun), user, user_id)
-    _add_principal(tables, dice, org, "system", None, None, None)
+            _add_principal(load, org, "agent_identity", load.dice.uuid(org.begun), user, user_id)
+    _add_principal(load, org, "system", None, None, None)
     for number in range(1 + people // 8):
         owner, user_id = org.owners[number]
-        org.workspaces.append(dice.uuid(org.begun))
-        tables.add(
+        org.workspaces.append(load.dice.uuid(org.begun))
+        load.add(
             "workspaces",
             id=org.workspaces[-1],
             org_id=org.id,
-            public_id=dice.public_id("wsp"),
+            public_id=load.dice.public_id("wsp"),
             name=f"Workspace {number + 1}",
             owner_principal_id=owner,
             resolved_owner_user_id=user_id,
@@ -356,20 +350,19 @@ def _add_people(tables: _Tables, dice: _Dice, org: _Organization, name: str, peo
 
 
 def _add_principal(
-    tables: _Tables,
-    dice: _Dice,
+    load: _Load,
     org: _Organization,
     kind: str,
     subject_id: str | None,
     parent_id: str | None,
     user_id: str | None,
 ) -> str:
-    principal_id = dice.uuid(org.begun)
+    principal_id = load.dice.uuid(org.begun)
     org.owners.append((principal_id, user_id))
-    tables.add(
+    load.add(
         "principals",
         id=principal_id,
-        public_id=dice.public_id("principal"),
+        public_id=load.dice.public_id("principal"),
         org_id=org.id,
         kind=kind,
         subject_id=subject_id,
@@ -381,22 +374,22 @@ def _add_principal(
     return principal_id
 
 
-def _add_capabilities(tables: _Tables, dice: _Dice, org: _Organization, name: str) -> None:
+def _add_capabilities(load: _Load, org: _Organization, name: str) -> None:
     """Every flavour of capability the organization can configure, as its sessions name it."""
     org.capabilities.update(_BUILTIN)
     dates = {"created_at": org.begun, "updated_at": org.begun}
     for server in _MCP_SERVERS:
-        server_id, server_name = dice.uuid(org.begun), f"{name.lower()}-{server}"
+        server_id, server_name = load.dice.uuid(org.begun), f"{name.lower()}-{server}"
         org.capabilities[f"mcp:{server_id}"] = server_name
         url = f"https://{server}.{name.lower()}.example/mcp"
-        tables.add("mcp_servers", id=server_id, org_id=org.id, name=server_name, url=url, **dates)
+        load.add("mcp_servers", id=server_id, org_id=org.id, name=server_name, url=url, **dates)
     for skill in _SKILLS:
-        skill_id = dice.uuid(org.begun)
+        skill_id = load.dice.uuid(org.begun)
         org.capabilities[f"skill:{skill_id}"] = skill
-        tables.add(
+        load.add(
             "skills",
             id=skill_id,
-            public_id=dice.public_id("skill"),
+            public_id=load.dice.public_id("skill"),
             org_id=org.id,
             name=skill,
             description=f"How to deal with {skill}.",
@@ -405,11 +398,11 @@ def _add_capabilities(tables: _Tables, dice: _Dice, org: _Organization, name: st
         )
     for capability, display_name in _DECLARATIVE:
         org.capabilities[f"declarative:{capability}"] = display_name or capability
-        tables.add(
+        load.add(
             "declarative_capabilities",
-            id=dice.uuid(org.begun),
+            id=load.dice.uuid(org.begun),
             org_id=org.id,
-            public_id=dice.public_id("cap"),
+            public_id=load.dice.public_id("cap"),
             name=capability,
             display_name=display_name,
             description="Rules that every answer follows.",
@@ -417,11 +410,11 @@ def _add_capabilities(tables: _Tables, dice: _Dice, org: _Organization, name: st
         )
 
 
-def _add_agents(tables: _Tables, dice: _Dice, org: _Organization) -> None:
+def _add_agents(load: _Load, org: _Organization) -> None:
     dates = {"created_at": org.begun, "updated_at": org.begun}
     for agent in _AGENTS:
-        org.agents.append(dice.uuid(org.begun))
-        tables.add(
+        org.agents.append(load.dice.uuid(org.begun))
+        load.add(
             "agents",
             id=org.agents[-1],
             org_id=org.id,
@@ -429,18 +422,18 @@ def _add_agents(tables: _Tables, dice: _Dice, org: _Organization) -> None:
             system_prompt=f"You are the {agent} agent. Be brief and correct.",
             **dates,
         )
-        for position, capability in enumerate(dice.sample(list(org.capabilities), 3)):
-            tables.add(
+        for position, capability in enumerate(load.dice.sample(list(org.capabilities), 3)):
+            load.add(
                 "agent_capabilities",
-                id=dice.uuid(org.begun),
+                id=load.dice.uuid(org.begun),
                 agent_id=org.agents[-1],
                 capability_id=capability,
                 position=position,
                 created_at=org.begun,
             )
     for harness in _HARNESSES:
-        org.harnesses.append(dice.uuid(org.begun))
-        tables.add(
+        org.harnesses.append(load.dice.uuid(org.begun))
+        load.add(
             "harnesses",
             id=org.harnesses[-1],
             org_id=org.id,
@@ -449,10 +442,10 @@ def _add_agents(tables: _Tables, dice: _Dice, org: _Organization) -> None:
             system_prompt="Use the tools you have.",
             **dates,
         )
-        for position, capability in enumerate(dice.sample(list(org.capabilities), 2)):
-            tables.add(
+        for position, capability in enumerate(load.dice.sample(list(org.capabilities), 2)):
+            load.add(
                 "harness_capabilities",
-                id=dice.uuid(org.begun),
+                id=load.dice.uuid(org.begun),
                 harness_id=org.harnesses[-1],
                 capability_id=capability,
                 position=position,
@@ -460,10 +453,10 @@ def _add_agents(tables: _Tables, dice: _Dice, org: _Organization) -> None:
             )
 
 
-def _close_budgets(tables: _Tables, org: _Organization, until: datetime) -> None:
+def _close_budgets(load: _Load, org: _Organization, until: datetime) -> None:
     for budget in org.budgets:
         balance = budget.limit - budget.spent
-        tables.add(
+        load.add(
             "budgets",
             id=budget.id,
             org_id=org.id,
@@ -500,16 +493,13 @@ class _Session:
 
     def __init__(
         self,
-        tables: _Tables,
-        queue: _Queue,
-        dice: _Dice,
+        load: _Load,
         org: _Organization,
         begun: datetime,
         until: datetime,
     ) -> None:
-        self._tables = tables
-        self._queue = queue
-        self._dice = dice
+        self._load = load
+        self._dice = dice = load.dice
         self._org = org
         self._begun = begun
         self._until = until
@@ -528,18 +518,20 @@ class _Session:
         self._tool_calls = 0
         self._last_turn: tuple[str | None, datetime | None, int | None] = (None, None, None)
 
-    def take_turns(self, quota: float, projected_share: float) -> None:
-        """At least one turn, then as many as it takes until `quota` events are told in all."""
+    def tell(self, events: int, projected_share: float) -> int:
+        """Take turns, one at least, until there are so many events or more. Answers how many."""
         if self._dice.chance(0.2):
             self._infer_in_background()
         while True:
             self._take_turn(projected_share)
-            if self._tables.counts["events"] >= quota:
-                return
+            if self._sequence >= events:
+                break
             self._pass_time(self._dice.expovariate(1 / 90_000))
             # Now and then somebody comes back the next day.
             if self._dice.chance(0.005) and self._now + timedelta(hours=20) < self._until:
                 self._pass_time(20 * 3_600_000)
+        self._close()
+        return self._sequence
 
     def _take_turn(self, projected_share: float) -> None:
         dice = self._dice
@@ -588,19 +580,20 @@ class _Session:
         self._pass_time(after_ms)
         event_id = self._dice.uuid(self._now)
         self._sequence += 1
-        self._tables.add(
+        text = str(self._now)
+        self._load.add(
             "events",
             id=event_id,
             session_id=self._id,
             sequence=self._sequence,
             event_type=event_type,
             data=_json(data),
-            ts=self._now,
+            ts=text,
             context=self._context,
-            created_at=self._now,
+            created_at=text,
         )
         if event_type in _PROJECTED_TYPES:
-            self._queue.enqueue("event", self._org.id, event_id, event_id, self._now)
+            self._load.enqueue("event", self._org.id, event_id, event_id, self._now)
         return event_id
 
     def _pass_time(self, milliseconds: float) -> None:
@@ -693,7 +686,7 @@ class _Session:
         cost: float,
     ) -> str:
         generation_id = self._dice.uuid(self._now)
-        self._tables.add(
+        self._load.add(
             "llm_generations",
             id=generation_id,
             org_id=self._org.id,
@@ -709,7 +702,7 @@ class _Session:
             actual_cost_usd=cost,
             estimated_cost_usd=cost,
         )
-        self._queue.enqueue("llm_generation", self._org.id, generation_id, generation_id, self._now)
+        self._load.enqueue("llm_generation", self._org.id, generation_id, generation_id, self._now)
         return generation_id
 
     def _post(self, generation_id: str, turn_id: str, usage: dict[str, int], cost: float) -> None:
@@ -729,7 +722,7 @@ class _Session:
             "harness_id": self._harness_id,
             "created_at": self._now,
         }
-        self._tables.add(
+        self._load.add(
             "usage_journal",
             id=journal_id,
             kind="credit" if is_credit else "llm_generation",
@@ -739,7 +732,7 @@ class _Session:
             measures=_json(usage),
             **whose,
         )
-        self._tables.add(
+        self._load.add(
             "usage_ledger",
             id=ledger_id,
             journal_id=journal_id,
@@ -751,18 +744,20 @@ class _Session:
             ref_id=generation_id,
             **whose,
         )
-        self._queue.enqueue("usage_ledger", self._org.id, ledger_id, ledger_id, self._now)
+        self._load.enqueue("usage_ledger", self._org.id, ledger_id, ledger_id, self._now)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Write the session as its events left it."""
         dice = self._dice
         is_finished = dice.chance(0.6)
         status = "idle" if is_finished else dice.choice(("active", "idle", "paused"))
-        # The platform's clock has microseconds; some of them are zero.
-        touched = self._now + timedelta(microseconds=dice.choice((0, 412, 1_000, 250_333)))
+        # Events tell milliseconds, the platform's clock microseconds; now and then it is sharp.
+        touched = self._now + timedelta(microseconds=dice.choice((0, 412, 250_333)))
+        if dice.chance(0.1):
+            touched = self._now.replace(microsecond=0) + timedelta(seconds=1)
         touched = min(touched, self._until)
         last_turn_status, last_turn_at, last_turn_sequence = self._last_turn
-        self._tables.add(
+        self._load.add(
             "sessions",
             id=self._id,
             agent_id=self._agent_id,
@@ -793,7 +788,7 @@ class _Session:
             total_cost_usd=self._cost,
         )
         version = _rfc3339(touched)
-        self._queue.enqueue("session", self._org.id, self._id, version, touched)
+        self._load.enqueue("session", self._org.id, self._id, version, touched)
 
     def _configured(self) -> list[str | dict[str, Any]]:
         """The session's own capabilities, each in one of the two forms that clients send."""
@@ -802,6 +797,10 @@ class _Session:
             {"ref": capability, "config": {}} if self._dice.chance(0.5) else capability
             for capability in chosen
         ]
+
+
+def _json(value: Any) -> str:
+    return to_json(value).decode()
 
 
 def _milliseconds(begun: datetime, ended: datetime) -> int:
