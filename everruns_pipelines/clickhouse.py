@@ -12,13 +12,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
-
-if TYPE_CHECKING:
-    from clickhouse_connect.driver.client import Client
 
 # How long a reader waits for the embedded directory, in seconds: longer than any sane read.
 DIRECTORY_TIMEOUT = 1800.0
@@ -53,11 +50,32 @@ class _ByteStream(Protocol):
     def close(self) -> None: ...
 
 
+class Client(Protocol):
+    """What of clickhouse-connect's client we use."""
+
+    def command(self, cmd: str, /) -> Any:
+        """Run a statement without rows, or with one value."""
+
+    def raw_query(self, query: str, /, parameters: dict[str, Any], fmt: str) -> bytes:
+        """The whole answer, as the server formats it."""
+        ...
+
+    def raw_stream(self, query: str, /, parameters: dict[str, Any], fmt: str) -> _ByteStream:
+        """The answer piece by piece."""
+        ...
+
+    def raw_insert(self, table: str, /, *, insert_block: bytes, fmt: str) -> Any:
+        """Insert rows that are formatted already."""
+
+    def close(self) -> None:
+        """End the connection."""
+
+
 @dataclass(frozen=True)
 class ClickHouse:
     """One open connection."""
 
-    client: "Client"
+    client: Client
     database: str
 
     def rows(self, query: str, parameters: Mapping[str, Any]) -> list[list[str]]:
@@ -82,10 +100,7 @@ class ClickHouse:
             ClickHouseFailure: also in the middle, when the answer is cut.
         """
         with _failures():
-            answer = cast(
-                "_ByteStream",
-                self.client.raw_stream(query, parameters=dict(parameters), fmt="TabSeparated"),
-            )
+            answer = self.client.raw_stream(query, parameters=dict(parameters), fmt="TabSeparated")
             try:
                 _check_length_is_known(answer)
                 while chunk := answer.read(_CHUNK):
@@ -148,7 +163,7 @@ def retrying(action: Callable[[], T], log: Log) -> T:
 
 
 @contextmanager
-def _connected(client: "Client") -> Generator[ClickHouse]:
+def _connected(client: Client) -> Generator[ClickHouse]:
     try:
         with _failures():
             database = str(client.command("SELECT currentDatabase()"))
@@ -157,11 +172,9 @@ def _connected(client: "Client") -> Generator[ClickHouse]:
         client.close()
 
 
-def _server_client(dsn: str) -> "Client":
-    from clickhouse_connect import get_client
-
+def _server_client(dsn: str) -> Client:
     with _failures():
-        return get_client(
+        return _client(
             # The driver calls ClickHouse over TLS https.
             dsn=dsn.replace("clickhouses://", "https://", 1),
             send_receive_timeout=STALL_TIMEOUT,
@@ -173,17 +186,24 @@ def _server_client(dsn: str) -> "Client":
 
 
 @contextmanager
-def _engine_client(directory: Path, log: Log) -> Generator["Client"]:
-    from clickhouse_connect import get_client
-
+def _engine_client(directory: Path, log: Log) -> Generator[Client]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
         directory.with_name(directory.name + ".lock").open("w") as lock,
         _sole_use(directory, lock, log),
     ):
         with _failures():
-            client = get_client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
+            client = _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
         yield client
+
+
+def _client(**options: Any) -> Client:
+    from clickhouse_connect import (
+        get_client,  # pyright: ignore[reportUnknownVariableType]
+    )
+
+    client: Any = get_client(**options)
+    return client
 
 
 @contextmanager

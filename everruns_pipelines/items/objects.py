@@ -51,15 +51,16 @@ class ObjectStore:
         """
         if url is None:
             return None
-        from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+        import fsspec.core  # pyright: ignore[reportMissingTypeStubs]
 
+        core: Any = fsspec.core
         try:
-            found: tuple[Any, str] = url_to_fs(url)
+            filesystem, root = core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise Refusal(
                 f"EVERRUNS_OBJECT_STORE_URL cannot be used: {error}", code="unavailable", status=503
             ) from None
-        return cls(url.rstrip("/") + "/", found[1], found[0])
+        return cls(url.rstrip("/") + "/", root, filesystem)
 
     def objection(self, uri: str, others: Collection[str]) -> str | None:
         """Why a uri is not read, if it is not.

@@ -6,7 +6,7 @@ else, and the next one does the rest.
 """
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -410,7 +410,7 @@ def _account(connection: Connection, done: Rebuilt, *, dry_run: bool) -> Rebuilt
 
 
 @contextmanager
-def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Iterator[None]:
+def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Generator[None]:
     """One rebuild per project at a time; the lock goes with the connection, however it ends."""
     if needed:
         projects = connection.execute(

@@ -1,0 +1,169 @@
+"""The asset `items`, a day of spans per partition, and the checks that ask whether a day is right.
+
+What belongs here is Dagster's view of a rebuild; the rebuild itself knows nothing of Dagster.
+See https://docs.dagster.io/guides/build/assets.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+
+import dagster as dg
+
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.items.rebuild import Rebuilt, rebuild_day
+from everruns_pipelines.partitions import day_partitions
+from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.settings import Settings
+
+_DESCRIPTION = """\
+Items (findings, assets, a capability's own records) as agents reported them into spans, rebuilt
+into the platform's table `items`. A partition is the UTC day on which the carrying span started,
+for all known projects. Derived columns go back to what the span says; dispositions, ids and
+creation times stay. What cannot be stored is told in `everruns_pipelines.item_rejections`.
+"""
+
+_COLUMNS = (
+    ("id", "uuid", "The item's identity in the platform; kept by every rebuild."),
+    ("organization_id", "uuid", "The organization of the item's project."),
+    ("project_id", "uuid", "The project that the item was reported in."),
+    ("item_type", "text", "What it is: finding, asset, or a capability's own type."),
+    ("title", "text", "A line for people, as reported."),
+    ("ref", "text", "The agent's own name for it, unique in the project; null if it gave none."),
+    ("data", "jsonb", "The payload as reported."),
+    ("disposition", "jsonb", "What people and agents decided since; never overwritten."),
+    ("source", "text", "How the row came to be: api, runtime, or extracted by a rebuild."),
+    ("session_id", "uuid", "The session that reported it; null if none, or if it is no UUID."),
+    ("trace_id", "text", "The trace it was reported in."),
+    ("span_id", "text", "The span it was reported in."),
+    ("capability", "text", "The capability that reported it."),
+    ("capability_version", "text", "That capability's version."),
+    ("schema_ref", "text", "Name and version of the payload's schema."),
+    ("dedupe_key", "text", "Made once per report: the identity that span and POST share."),
+    ("created_by", "uuid", "Who created it through the API, if anybody did."),
+    ("created_at", "timestamptz", "When it was reported: for extracted ones, the span's end."),
+    ("updated_at", "timestamptz", "When the row last changed."),
+)
+
+_SCHEMA = dg.TableSchema(
+    columns=[
+        dg.TableColumn(name=name, type=kind, description=description)
+        for name, kind, description in _COLUMNS
+    ]
+)
+
+_REASONS = dg.TableSchema(
+    columns=[dg.TableColumn(name="reason", type="text"), dg.TableColumn("envelopes", "integer")]
+)
+
+
+@dataclass(frozen=True)
+class ItemAssets:
+    """The asset and its checks."""
+
+    asset: dg.AssetsDefinition
+    checks: dg.AssetChecksDefinition
+
+
+def item_assets(settings: Settings) -> ItemAssets:
+    """The asset `items` and its checks, partitioned by the days that `settings` span."""
+    partitions = day_partitions(settings)
+
+    @dg.asset(
+        name="items",
+        group_name="items",
+        description=_DESCRIPTION,
+        kinds={"postgres", "clickhouse"},
+        owners=["team:everruns"],
+        deps=[dg.AssetKey("otel_traces")],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        metadata={
+            "dagster/column_schema": _SCHEMA,
+            "dagster/table_name": "public.items",
+        },
+        tags={"domain": "items"},
+    )
+    def items(
+        context: dg.AssetExecutionContext,
+        postgres: dg.ResourceParam[PostgresResource],
+        clickhouse: dg.ResourceParam[ClickHouseResource],
+    ) -> None:
+        for day in context.partition_keys:
+            context.log.info(f"Rebuilding the items of {day}")
+            done = rebuild_day(postgres, clickhouse, date.fromisoformat(day), context.log.info)
+            context.add_asset_metadata(as_metadata(done), partition_key=day)
+
+    @dg.multi_asset_check(
+        name="items_equal_their_spans",
+        specs=[
+            dg.AssetCheckSpec(
+                "no_envelope_without_its_item",
+                asset="items",
+                description="Every sound envelope in the day's spans has its row.",
+                partitions_def=partitions,
+            ),
+            dg.AssetCheckSpec(
+                "no_item_differs_from_its_envelope",
+                asset="items",
+                description="Every row of the day's spans is what the span says.",
+                partitions_def=partitions,
+            ),
+        ],
+    )
+    def items_equal_their_spans(
+        context: dg.AssetCheckExecutionContext,
+        postgres: dg.ResourceParam[PostgresResource],
+        clickhouse: dg.ResourceParam[ClickHouseResource],
+    ) -> Iterator[dg.AssetCheckResult]:
+        missing: dict[str, int] = {}
+        different: dict[str, int] = {}
+        for day in context.partition_keys:
+            would = rebuild_day(
+                postgres,
+                clickhouse,
+                date.fromisoformat(day),
+                context.log.info,
+                dry_run=True,
+            )
+            missing[day], different[day] = would.inserted, would.refreshed
+        yield _check_result("no_envelope_without_its_item", "missing", missing)
+        yield _check_result("no_item_differs_from_its_envelope", "different", different)
+
+    return ItemAssets(items, items_equal_their_spans)
+
+
+def as_metadata(done: Rebuilt) -> dict[str, dg.MetadataValue]:
+    """A rebuild's account, as metadata of a materialization or of an op's output."""
+    rejections = dg.MetadataValue.table(
+        records=[
+            dg.TableRecord({"reason": reason, "envelopes": number})
+            for reason, number in done.reasons.items()
+        ],
+        schema=_REASONS,
+    )
+    return {
+        **{name: dg.MetadataValue.int(number) for name, number in done.counts().items()},
+        "spans": dg.MetadataValue.int(done.spans),
+        "spans_of_unknown_projects": dg.MetadataValue.int(done.spans_of_unknown_projects),
+        "out_of_scope": dg.MetadataValue.int(done.out_of_scope),
+        "recovered": dg.MetadataValue.int(done.recovered),
+        "rejections": rejections,
+    }
+
+
+def _check_result(name: str, what: str, by_day: dict[str, int]) -> dg.AssetCheckResult:
+    number = sum(by_day.values())
+    days = [day for day, count in by_day.items() if count]
+    return dg.AssetCheckResult(
+        check_name=name,
+        asset_key="items",
+        passed=number == 0,
+        description=(
+            "Every item of the day is right"
+            if number == 0
+            else f"{number} items {what}: materialize {', '.join(days[:7])}"
+            + (" and more" if len(days) > 7 else "")
+        ),
+        metadata={what: number, "days": len(days)},
+    )

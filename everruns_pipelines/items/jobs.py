@@ -1,0 +1,73 @@
+"""The job `rebuild_items`: an operator names a session or runs and gets their items back.
+
+Run config is in `RebuildConfig`. See https://docs.dagster.io/guides/build/ops.
+"""
+
+import json
+
+import dagster as dg
+from pydantic import Field
+
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items.assets import as_metadata
+from everruns_pipelines.items.rebuild import rebuild
+from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.postgres import PostgresResource
+
+
+class RebuildConfig(dg.Config):
+    """Whose items to rebuild: those of a session, of some runs, or of both together."""
+
+    organization: str = Field(description="slug or UUID")
+    workspace: str = Field(description="slug or UUID, in that organization")
+    project: str = Field(description="slug or UUID, in that workspace")
+    session_id: str | None = Field(None, description="a UUID")
+    run_ids: list[str] | None = Field(
+        None, description="values of dreadnode.run.id, or trace ids as 32 hex digits"
+    )
+    dry_run: bool = Field(False, description="tell what would change and write nothing")
+
+    def request(self) -> RebuildRequest:
+        """The request that this config spells."""
+        return RebuildRequest(
+            organization=self.organization,
+            workspace=self.workspace,
+            project=self.project,
+            session_id=self.session_id,
+            run_ids=tuple(self.run_ids or ()),
+            dry_run=self.dry_run,
+        )
+
+
+@dg.op(name="rebuild", description="Bring items back to what their spans say.")
+def rebuild_op(
+    context: dg.OpExecutionContext,
+    config: RebuildConfig,
+    postgres: dg.ResourceParam[PostgresResource],
+    clickhouse: dg.ResourceParam[ClickHouseResource],
+) -> dict[str, int]:
+    """Rebuild and return the counts of the interface, which are the output's metadata too."""
+    try:
+        done = rebuild(postgres, clickhouse, config.request(), context.log.info)
+    except Refusal as refusal:
+        # Another attempt would be refused again.
+        raise dg.Failure(
+            description=refusal.detail,
+            metadata={
+                "error": dg.MetadataValue.json(json.loads(json.dumps(refusal.as_items_error())))
+            },
+            allow_retries=False,
+        ) from refusal
+    context.add_output_metadata(as_metadata(done))
+    return done.counts()
+
+
+@dg.job(  # pyright: ignore[reportUnknownMemberType]
+    executor_def=dg.in_process_executor,
+    description="Rebuild the items of a session or of runs from the spans they were reported in.",
+    tags={"domain": "items"},
+)
+def rebuild_items() -> None:
+    """The op `rebuild` alone, in the run's own process."""
+    rebuild_op()
