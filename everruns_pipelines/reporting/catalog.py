@@ -99,6 +99,11 @@ class Fact:
         turn = (_TURN_ID,) if self.has_turn else ()
         return (*_KEY, *turn, *_DIMENSIONS, *_TIME, *self.own_columns)
 
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """The source tables that its projections read, each once."""
+        return tuple(dict.fromkeys(projection.source for projection in self.projections))
+
 
 _KEY = (
     Column("org_id", "bigint", "Organization that the source row belongs to."),

@@ -22,6 +22,7 @@ from everruns_pipelines.reporting.query import STAGED, projected_rows
 # else an older state of a session could bring back what a newer one has removed.
 _SESSIONS_LOCK = 0x6576_7270_7365_7373
 _LARGEST_BIGINT = 2**63 - 1
+_KEY = (sql.Identifier("org_id"), sql.Identifier("source_key"))
 
 # What a row can do to its own statement: bad values (22), violated constraints (23), an index entry
 # that is too large (54). Everything else concerns the server, not the row.
@@ -199,7 +200,7 @@ def _statement(fact: Fact, projection: Projection) -> sql.Composed:
             sql.SQL("projected.{}").format(column) for column in columns
         ),
         refresh=sql.SQL(", ").join(
-            sql.SQL("{0} = excluded.{0}").format(column) for column in columns
+            sql.SQL("{0} = excluded.{0}").format(column) for column in columns if column not in _KEY
         ),
         noted=sql.SQL(_NOTED if projection.rejects or projection.reports else "").format(
             name=sql.Literal(fact.table)
@@ -234,7 +235,12 @@ WITH compared AS MATERIALIZED (
         projected.rejected IS NULL
             AND ({of_projection}) IS DISTINCT FROM ({of_fact}) AS wanted
     FROM ({projected}) AS projected
-    LEFT JOIN {fact} AS fact USING (org_id, source_key)
+    -- LIMIT: looked up by key, row by row. Left to choose, the planner may read the whole table.
+    LEFT JOIN LATERAL (
+        SELECT * FROM {fact} AS stored
+        WHERE stored.org_id = projected.org_id AND stored.source_key = projected.source_key
+        LIMIT 1
+    ) AS fact ON true
 ),
 written AS (
     INSERT INTO {fact} AS fact ({columns}, projected_at)

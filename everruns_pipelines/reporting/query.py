@@ -8,7 +8,7 @@ from everruns_pipelines.reporting.catalog import Column, Fact, Projection, Sourc
 
 # Sources staged by `projector.stage`, part by part.
 STAGED = sql.SQL(
-    "JOIN pg_temp.selection ON selection.source_id = source.id"
+    "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
     " AND selection.org_id = {org_id}"
     " AND selection.part BETWEEN %(first)s AND %(last)s"
 )

@@ -10,15 +10,13 @@ RETURN CASE
     ELSE otherwise
 END;
 
--- Says so if one of the values is digits only, but more than a bigint holds.
-CREATE OR REPLACE FUNCTION everruns_pipelines.beyond_bigint(VARIADIC candidates text[])
+-- Says so if the value is digits only, but more than a bigint holds.
+CREATE OR REPLACE FUNCTION everruns_pipelines.beyond_bigint(value text)
 RETURNS text LANGUAGE sql STABLE PARALLEL SAFE
-RETURN (
-    SELECT 'a number is beyond bigint'
-    FROM unnest(candidates) AS value
-    WHERE value ~ '^[0-9]{19,}$' AND NOT pg_input_is_valid(value, 'bigint')
-    LIMIT 1
-);
+RETURN CASE
+    WHEN length(value) >= 19 AND value ~ '^[0-9]+$' AND NOT pg_input_is_valid(value, 'bigint')
+        THEN 'a number is beyond bigint'
+END;
 
 -- What a projection skipped, or wrote with a number replaced: replaced by the next projection of
 -- the same source, removed once there is nothing to say. No payload.

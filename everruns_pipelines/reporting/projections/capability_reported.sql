@@ -11,8 +11,10 @@ SELECT
     record ->> 'tool_name' AS tool_name,
     everruns_pipelines.digits(record ->> 'usage_count', 1) AS usage_count,
     everruns_pipelines.digits(record ->> 'duration_ms', 0) AS duration_ms,
-    everruns_pipelines.beyond_bigint(record ->> 'usage_count', record ->> 'duration_ms')
-        AS reported,
+    coalesce(
+        everruns_pipelines.beyond_bigint(record ->> 'usage_count'),
+        everruns_pipelines.beyond_bigint(record ->> 'duration_ms')
+    ) AS reported,
     CASE
         WHEN record ->> 'capability_id' IS NULL THEN 'capability_id is null'
         WHEN (record ->> 'usage_kind') IN (

@@ -18,13 +18,13 @@ SELECT
     coalesce(tool_calls.count, 0) AS tool_call_count,
     CASE WHEN event_type = 'turn.completed' THEN 1 ELSE 0 END AS success_count,
     CASE WHEN event_type = 'turn.completed' THEN 0 ELSE 1 END AS error_count,
-    everruns_pipelines.beyond_bigint(
-        data ->> 'duration_ms',
-        data ->> 'iterations',
-        usage ->> 'input_tokens',
-        usage ->> 'output_tokens',
-        usage ->> 'cache_read_tokens',
-        usage ->> 'cache_creation_tokens'
+    coalesce(
+        everruns_pipelines.beyond_bigint(data ->> 'duration_ms'),
+        everruns_pipelines.beyond_bigint(data ->> 'iterations'),
+        everruns_pipelines.beyond_bigint(usage ->> 'input_tokens'),
+        everruns_pipelines.beyond_bigint(usage ->> 'output_tokens'),
+        everruns_pipelines.beyond_bigint(usage ->> 'cache_read_tokens'),
+        everruns_pipelines.beyond_bigint(usage ->> 'cache_creation_tokens')
     ) AS reported
 FROM (
     SELECT
