@@ -7,6 +7,7 @@ what stands here: a seventh fact is one more `.sql` file and one more entry.
 
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from importlib.resources import files
 from typing import LiteralString, cast
 
@@ -98,6 +99,12 @@ class Fact:
         """Every column but `projected_at`, which says when the values last changed."""
         turn = (_TURN_ID,) if self.has_turn else ()
         return (*_KEY, *turn, *_DIMENSIONS, *_TIME, *self.own_columns)
+
+    @cached_property
+    def version(self) -> str:
+        """Changes when the rows that the projections make may have changed."""
+        text = repr([(p, p.sql) for p in self.projections]) + repr(self.columns)
+        return sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:

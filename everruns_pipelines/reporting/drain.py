@@ -1,6 +1,6 @@
 """Drains the outbox: claims batch after batch, and projects each in one transaction."""
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import psycopg
@@ -8,7 +8,7 @@ from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, transaction
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
-from everruns_pipelines.reporting.outbox import Claim, Finished, Outbox
+from everruns_pipelines.reporting.outbox import Claim, Outbox
 from everruns_pipelines.reporting.projector import (
     Outcome,
     project_selection,
@@ -28,7 +28,11 @@ _SELECTED = sql.SQL(
 
 @dataclass
 class Drained:
-    """What a drain did: outbox rows by how they ended, and what was written where."""
+    """What was done: outbox rows by how they ended, and what was written where.
+
+    Parked rows are among the failed. Claimed ones that are neither completed nor failed have been
+    enqueued again meanwhile, or taken over by another projector.
+    """
 
     claimed: int = 0
     completed: int = 0
@@ -36,16 +40,16 @@ class Drained:
     parked: int = 0
     outcome: Outcome = field(default_factory=Outcome)
 
-    def add(self, claim: Claim, finished: Finished, outcome: Outcome) -> None:
-        """Take in what became of one batch."""
-        self.claimed += claim.size
-        self.completed += finished.completed
-        self.failed += finished.failed
-        self.parked += finished.parked
-        self.outcome.add(outcome)
+    def add(self, batch: "Drained") -> None:
+        """Take in what another batch did."""
+        self.claimed += batch.claimed
+        self.completed += batch.completed
+        self.failed += batch.failed
+        self.parked += batch.parked
+        self.outcome.add(batch.outcome)
 
     def result(self) -> dict[str, int]:
-        """The counts, under the names of the interface. Parked rows are among the failed."""
+        """The counts of the interface."""
         return {
             "claimed": self.claimed,
             "completed": self.completed,
@@ -61,40 +65,40 @@ def drain(
     org_id: int | None = None,
     batch_size: int = 5000,
     max_rows: int | None = None,
-    on_batch: Callable[[Drained], None] = lambda _: None,
-) -> Drained:
+) -> Generator[Drained]:
     """Project what is due, until nothing is or `max_rows` outbox rows have been claimed.
 
     Args:
-        connection: in autocommit mode; nothing else may use it meanwhile.
+        connection: in autocommit mode; nothing else may use it inside a batch.
         max_attempts: attempts after which a row that fails is parked.
         org_id: the one organization to project; None for all.
         batch_size: outbox rows per transaction.
         max_rows: outbox rows in all; None for no bound.
-        on_batch: told of the progress after every batch.
+
+    Yields:
+        What each batch did, once it is committed.
 
     Raises:
         psycopg.Error: the database refused or went away. The batch at work is given back.
     """
-    drained = Drained()
+    claimed = 0
     with Outbox.opened(connection, max_attempts) as outbox:
-        while max_rows is None or drained.claimed < max_rows:
-            size = batch_size if max_rows is None else min(batch_size, max_rows - drained.claimed)
+        while max_rows is None or claimed < max_rows:
+            size = batch_size if max_rows is None else min(batch_size, max_rows - claimed)
             claim = outbox.claim(size, org_id)
             if claim is None:
-                break
+                return
+            claimed += claim.size
             try:
-                finished, outcome = _project(connection, outbox, claim)
+                batch = _project(connection, outbox, claim)
             except BaseException:
                 if not connection.closed:
                     outbox.release(claim)
                 raise
-            drained.add(claim, finished, outcome)
-            on_batch(drained)
-    return drained
+            yield batch
 
 
-def _project(connection: Connection, outbox: Outbox, claim: Claim) -> tuple[Finished, Outcome]:
+def _project(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
     for _ in range(_TRIES - 1):
         try:
             return _project_once(connection, outbox, claim)
@@ -103,7 +107,7 @@ def _project(connection: Connection, outbox: Outbox, claim: Claim) -> tuple[Fini
     return _project_once(connection, outbox, claim)
 
 
-def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> tuple[Finished, Outcome]:
+def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
     total = Outcome()
     with transaction(connection):
         # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
@@ -114,4 +118,5 @@ def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> tuple
             outcome = project_selection(connection, projections_of(source), 1, staged)
             outbox.fail(source, outcome.failures)
             total.add(Outcome(outcome.counts))
-        return outbox.finish(claim), total
+        finished = outbox.finish(claim)
+    return Drained(claim.size, finished.completed, finished.failed, finished.parked, total)

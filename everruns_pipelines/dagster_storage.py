@@ -1,0 +1,40 @@
+"""Dagster's own storage: the configured PostgreSQL, else a database of the embedded one.
+
+dagster.yaml names the class below, since YAML knows neither conditions nor defaults.
+"""
+
+from typing import Any, Self
+
+from dagster._serdes import ConfigurableClassData
+from dagster_postgres import DagsterPostgresStorage
+
+from everruns_pipelines.settings import Settings
+
+
+class EverrunsDagsterStorage(DagsterPostgresStorage):
+    """Runs, events and schedules in PostgreSQL, wherever the environment says it is."""
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """Nothing to configure in dagster.yaml: EVERRUNS_DAGSTER_POSTGRES_URL says it all."""
+        return {}
+
+    @classmethod
+    def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:  # noqa: ARG003
+        """The storage that the environment asks for; `config_value` is empty."""
+        return cls(
+            postgres_url=_url(Settings.from_environment()),
+            should_autocreate_tables=True,
+            inst_data=inst_data,
+        )
+
+
+def _url(settings: Settings) -> str:
+    if settings.dagster_postgres_url is not None:
+        url = settings.dagster_postgres_url.get_secret_value()
+    else:
+        from everruns_pipelines.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
+
+        url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
+    # dagster-postgres speaks psycopg 2.
+    return "postgresql+psycopg2://" + url.partition("://")[2]

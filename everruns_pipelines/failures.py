@@ -1,0 +1,37 @@
+"""What a run fails with: a sentence for the operator, and nothing of the data."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+import psycopg
+
+from everruns_pipelines.errors import Refusal
+
+
+@contextmanager
+def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[None]:
+    """Turn refusals and database errors into failures of the run that say what to do.
+
+    Args:
+        rendered: the form in which the API that the op stands for renders a refusal.
+
+    Raises:
+        dg.Failure: without retries for a refusal, since it would be refused again.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        raise dg.Failure(
+            refusal.detail,
+            metadata={"error": dg.MetadataValue.json(dict(rendered(refusal)))},
+            allow_retries=False,
+        ) from refusal
+    except psycopg.Error as error:
+        # The DETAIL and CONTEXT of a server's message quote rows. They are left out, and so is the
+        # exception itself, whose text holds them.
+        raise dg.Failure(
+            f"PostgreSQL failed: {error.diag.message_primary or type(error).__name__}",
+            metadata={"sqlstate": error.sqlstate or "none"},
+        ) from None

@@ -1,0 +1,142 @@
+"""What reporting needs of a database: checked before the first statement, never made for the user.
+
+The platform's tables are the user's. What is our own stands in `schema.sql`, and is made on demand.
+"""
+
+from importlib.resources import files
+from typing import LiteralString, cast
+
+from psycopg import sql
+
+from everruns_pipelines import own_schema
+from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.postgres import Connection
+from everruns_pipelines.reporting.catalog import FACTS
+
+_FILES = files("everruns_pipelines.reporting")
+_OLDEST_SERVER = 18
+
+# The columns that we touch, and what we do with the table.
+_READ = {
+    "agent_capabilities": "agent_id capability_id",
+    "agents": "id org_id name",
+    "archived_events": "id",
+    "budgets": "id org_id subject_type subject_id",
+    "declarative_capabilities": "org_id name display_name",
+    "events": "id session_id event_type data ts context",
+    "harness_capabilities": "harness_id capability_id",
+    "harnesses": "id org_id name",
+    "llm_generations": "id org_id session_id turn_id model provider input_tokens output_tokens "
+    "cache_read_tokens cache_creation_tokens duration_ms finish_reason created_at",
+    "mcp_servers": "id org_id name",
+    "organizations": "org_id",
+    "sessions": "id org_id agent_id harness_id app_id blueprint_id resolved_owner_user_id "
+    "owner_principal_id status capabilities created_at updated_at started_at finished_at "
+    "turn_count tool_call_count total_input_tokens total_output_tokens "
+    "total_cache_read_tokens total_cache_creation_tokens",
+    "skills": "id org_id name",
+    "usage_ledger": "id org_id session_id user_id principal_id agent_id harness_id budget_id "
+    "currency amount meter_source ref_type created_at",
+}
+_OUTBOX = (
+    "id org_id source_type source_id source_version reason status attempts next_attempt_at "
+    "last_error claimed_at created_at updated_at"
+)
+
+
+def needed_columns() -> dict[str, list[str]]:
+    """Every table of the platform that reporting touches, and the columns of it."""
+    needed: dict[str, list[str]] = {}
+    for table, columns in (*_READ.items(), ("reporting_outbox", _OUTBOX)):
+        needed[table] = list(columns.split())
+    for fact in FACTS:
+        needed[fact.table] = [column.name for column in fact.columns] + ["projected_at"]
+    return needed
+
+
+def prepare(connection: Connection) -> None:
+    """Check that the database is one that we can work on, and make what is ours.
+
+    Raises:
+        Refusal: it is too old, or lacks a table, a column or a privilege; names all that is
+            missing. Nothing has been written.
+    """
+    if connection.info.server_version < _OLDEST_SERVER * 10_000:
+        raise Refusal(
+            f"PostgreSQL {_OLDEST_SERVER} or newer is needed, this is "
+            f"{connection.info.server_version // 10_000}",
+            code="incompatible_schema",
+            status=503,
+        )
+    _refuse_if(
+        _missing_columns(connection),
+        "The database lacks {}: it must be the platform's, with all migrations applied",
+        "incompatible_schema",
+    )
+    _refuse_if(_missing_privileges(connection), "The database role lacks {}", "permission_denied")
+    ensure_schema(connection)
+
+
+def require_org(connection: Connection, org_id: int) -> None:
+    """Refuse an organization that does not exist.
+
+    Raises:
+        Refusal: there is none of that number.
+    """
+    found = connection.execute("SELECT FROM organizations WHERE org_id = %s", [org_id])
+    if found.fetchone() is None:
+        raise Refusal(
+            f"org_id: there is no organization {org_id}",
+            code="not_found_error",
+            status=404,
+            errors=(FieldError(("org_id",), "an organization that exists"),),
+        )
+
+
+def ensure_schema(connection: Connection) -> None:
+    """Make what reporting keeps of its own, if it is not there as this version wants it."""
+    script = cast("LiteralString", (_FILES / "schema.sql").read_text())
+    own_schema.ensure(connection, "everruns_pipelines.fact_rejections", script)
+
+
+def create_indexes(connection: Connection) -> None:
+    """Make the recommended indexes on the platform's tables, without blocking its writers."""
+    connection.execute(sql.SQL(cast("LiteralString", (_FILES / "indexes.sql").read_text())))
+
+
+def _refuse_if(missing: list[str], message: str, code: str) -> None:
+    if missing:
+        raise Refusal(message.format(", ".join(missing)), code=code, status=503)
+
+
+def _missing_columns(connection: Connection) -> list[str]:
+    needed = needed_columns()
+    present: dict[str, set[str]] = {
+        table: set(columns or ())
+        for table, columns in connection.execute(
+            "SELECT wanted, (SELECT array_agg(attname::text) FROM pg_attribute"
+            " WHERE attrelid = to_regclass(wanted) AND attnum > 0 AND NOT attisdropped)"
+            " FROM unnest(%s::text[]) AS wanted",
+            [list(needed)],
+        )
+    }
+    missing: list[str] = []
+    for table, columns in needed.items():
+        if not present[table]:
+            missing.append(f"table {table}")
+        else:
+            missing += [f"column {table}.{c}" for c in columns if c not in present[table]]
+    return missing
+
+
+def _missing_privileges(connection: Connection) -> list[str]:
+    written = ["reporting_outbox", *(fact.table for fact in FACTS)]
+    wanted = [(table, "SELECT") for table in needed_columns()]
+    wanted += [(table, right) for table in written for right in ("INSERT", "UPDATE", "DELETE")]
+    rows = connection.execute(
+        "SELECT privilege, wanted_table FROM unnest(%s::text[], %s::text[])"
+        " AS wanted (wanted_table, privilege)"
+        " WHERE NOT has_table_privilege(wanted_table, privilege)",
+        [[table for table, _ in wanted], [right for _, right in wanted]],
+    )
+    return [f"{right} on {table}" for right, table in rows]

@@ -1,0 +1,156 @@
+"""The jobs `backfill_reporting` and `project_reporting`, and the ops that they are made of.
+
+Run config is typed here. What a value may be is judged by the domain, before anything is touched.
+See https://docs.dagster.io/guides/build/jobs.
+"""
+
+from collections.abc import Iterator
+
+import dagster as dg
+from pydantic import Field
+
+from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.failures import told_plainly
+from everruns_pipelines.partitions import day_partitions
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.reporting.database import prepare, require_org
+from everruns_pipelines.reporting.drain import Drained, drain
+
+_LARGEST_BATCH = 100_000
+
+
+class EnqueueConfig(dg.Config):
+    """Which missing facts to enqueue, and how many."""
+
+    limit: int = Field(
+        1000, description="The most outbox rows to enqueue, over all source types: 1 to 10000."
+    )
+    org_id: int | None = Field(None, description="One organization; null for all of them.")
+    source_types: list[str] | None = Field(
+        None,
+        description="Some of event, session, llm_generation, usage_ledger; null for all.",
+    )
+    dry_run: bool = Field(
+        False, description="Count what would be enqueued; write nothing and drain nothing."
+    )
+
+
+class ProjectConfig(dg.Config):
+    """What to project of that which is due."""
+
+    org_id: int | None = Field(None, description="One organization; null for all of them.")
+    batch_size: int = Field(
+        5000, description=f"Outbox rows per transaction: 1 to {_LARGEST_BATCH}."
+    )
+    max_rows: int | None = Field(
+        None, description="The most outbox rows to project; null until nothing is due."
+    )
+
+
+@dg.op(
+    name="enqueue",
+    out={
+        "result": dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+        "drain": dg.Out(dg.Nothing, is_required=False),
+    },
+)
+def enqueue_op(
+    context: dg.OpExecutionContext,
+    config: EnqueueConfig,
+    postgres: dg.ResourceParam[PostgresResource],
+) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
+    """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
+    request = BackfillRequest(config.limit, config.org_id, config.source_types, config.dry_run)
+    with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+        prepare(connection)
+        context.log.info("Looking for sources whose facts are missing or stale")
+        counts = enqueue(connection, request)
+    context.log.info(
+        f"{counts['enqueued']} {'would be' if config.dry_run else 'are'} enqueued: {counts}"
+    )
+    yield dg.Output(counts, "result", metadata=dict(counts))
+    if not config.dry_run:
+        yield dg.Output(None, "drain")
+
+
+@dg.op(
+    name="project",
+    ins={"after": dg.In(dg.Nothing)},
+    out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+)
+def project_op(
+    context: dg.OpExecutionContext,
+    config: ProjectConfig,
+    postgres: dg.ResourceParam[PostgresResource],
+) -> dict[str, int]:
+    """Project what is due in the outbox into the facts, batch by batch."""
+    with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+        _check(connection, config)
+        prepare(connection)
+        drained = Drained()
+        try:
+            for batch in drain(
+                connection,
+                max_attempts=postgres.settings.reporting_max_attempts,
+                org_id=config.org_id,
+                batch_size=config.batch_size,
+                max_rows=config.max_rows,
+            ):
+                drained.add(batch)
+                context.log.info(_progress(connection, drained))
+        finally:
+            _report(context, postgres, drained)
+    context.add_output_metadata(drained.result())
+    return drained.result()
+
+
+def _check(connection: Connection, config: ProjectConfig) -> None:
+    for name, value, allowed in (
+        ("batch_size", config.batch_size, range(1, _LARGEST_BATCH + 1)),
+        ("max_rows", config.max_rows or 0, range(2**31)),
+    ):
+        if value not in allowed:
+            expected = f"a whole number from {allowed.start} to {allowed.stop - 1}"
+            raise Refusal(
+                f"{name}: expected {expected}, got {value}",
+                errors=(FieldError((name,), f"expected {expected}"),),
+            )
+    if config.org_id is not None:
+        require_org(connection, config.org_id)
+
+
+def _progress(connection: Connection, drained: Drained) -> str:
+    row = connection.execute(
+        "SELECT count(*) FROM ("
+        "SELECT FROM reporting_outbox WHERE status = 'pending' AND next_attempt_at <= now()"
+        " LIMIT 100000) AS due"
+    ).fetchone()
+    remaining = 0 if row is None else int(row[0])
+    more = "more than " if remaining == 100_000 else ""
+    return f"{drained.claimed} rows claimed, {drained.failed} failed; {more}{remaining} remain"
+
+
+def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained: Drained) -> None:
+    """Report a materialization for each fact and day that was touched, so that the partitions view
+    of the UI is true. Days before the first partition are not in that view.
+    """
+    partitions = day_partitions(postgres.settings)
+    for (table, day), counts in sorted(drained.outcome.counts.items()):
+        if partitions.has_partition_key(day.isoformat()):
+            context.log_event(
+                dg.AssetMaterialization(table, partition=day.isoformat(), metadata=dict(counts))
+            )
+
+
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+def backfill_reporting() -> None:
+    """Enqueue what is missing, up to a limit, and project it while you watch."""
+    _, after = enqueue_op()
+    project_op(after)
+
+
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+def project_reporting() -> None:
+    """Project what is due in the outbox."""
+    project_op()
