@@ -1,18 +1,9 @@
 -- PostgreSQL: of the valid envelopes with one dedupe key the earliest by span end counts.
-INSERT INTO chosen (candidate, batch, project_id, dedupe_key, ref, ended_ns)
-SELECT
-    id,
-    (row_number() OVER (ORDER BY id) - 1) / %(batch_size)s,
-    project_id,
-    dedupe_key,
-    ref,
-    ended_ns
-FROM (
-    SELECT DISTINCT ON (project_id, dedupe_key COLLATE "C")
-        id, project_id, dedupe_key, ref, ended_ns
-    FROM candidates
-    WHERE state = 'valid'
-    ORDER BY
-        project_id, dedupe_key COLLATE "C", ended_ns, trace_id COLLATE "C", span_id COLLATE "C",
-        position, id
-)
+INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
+SELECT DISTINCT ON (project_id, dedupe_key COLLATE "C")
+    id, project_id, dedupe_key, ref, ended_ns
+FROM candidates
+WHERE state = 'valid'
+ORDER BY
+    project_id, dedupe_key COLLATE "C", ended_ns, trace_id COLLATE "C", span_id COLLATE "C",
+    position, id

@@ -56,16 +56,22 @@ CROSS JOIN LATERAL (
     SELECT
         coalesce(found.value ->> 'session_id', found.session_hint) AS raw
 ) AS named
--- A UUID as Python's `UUID` reads one, which is what the SDK asks.
+-- A UUID as Python's `UUID` reads one, which is what the SDK asks: also in spellings that
+-- PostgreSQL does not know.
 CROSS JOIN LATERAL (
     SELECT
         named.raw,
-        translate(replace(replace(lower(named.raw), 'urn:', ''), 'uuid:', ''), '{{}}-', '') AS hex
-) AS spelled
-CROSS JOIN LATERAL (
-    SELECT
-        spelled.raw,
-        CASE WHEN spelled.hex ~ '^[0-9a-f]{{32}}$' THEN spelled.hex::uuid END AS id
+        CASE
+            WHEN pg_input_is_valid(named.raw, 'uuid') THEN named.raw::uuid
+            WHEN pg_input_is_valid(bare.hex, 'uuid') THEN bare.hex::uuid
+        END AS id
+    FROM (
+        SELECT CASE
+            WHEN NOT pg_input_is_valid(named.raw, 'uuid') THEN translate(
+                replace(replace(lower(named.raw), 'urn:', ''), 'uuid:', ''), '{{}}-', ''
+            )
+        END AS hex
+    ) AS bare
     OFFSET 0
 ) AS session
 CROSS JOIN LATERAL (

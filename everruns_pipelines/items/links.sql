@@ -24,7 +24,10 @@ WITH named AS (
         ON source.project_id = chosen.project_id AND source.dedupe_key = chosen.dedupe_key
     CROSS JOIN LATERAL jsonb_array_elements(candidate.links)
         WITH ORDINALITY AS link (value, position)
-    WHERE chosen.batch = %(batch)s AND candidate.links IS NOT NULL
+    WHERE
+        chosen.candidate BETWEEN %(first)s AND %(last)s
+        AND candidate.id BETWEEN %(first)s AND %(last)s
+        AND candidate.links IS NOT NULL
 ),
 
 resolved AS (

@@ -1,5 +1,5 @@
--- PostgreSQL: what is to happen to each item of a batch. `record_image_eq` compares to the last digit:
--- as jsonb 1 equals 1.0.
+-- PostgreSQL: what is to happen to each item of a batch. `record_image_eq` compares to the last
+-- digit: as jsonb 1 equals 1.0.
 WITH compared AS (
     SELECT
         candidate.id AS candidate,
@@ -23,7 +23,10 @@ WITH compared AS (
     JOIN candidates AS candidate ON candidate.id = chosen.candidate
     LEFT JOIN items AS item
         ON item.project_id = chosen.project_id AND item.dedupe_key = chosen.dedupe_key
-    WHERE chosen.batch = %(batch)s
+    -- Of both, or a batch would read every candidate.
+    WHERE
+        chosen.candidate BETWEEN %(first)s AND %(last)s
+        AND candidate.id BETWEEN %(first)s AND %(last)s
 )
 
 INSERT INTO planned (candidate, item_id, action, keeps_data)

@@ -11,21 +11,30 @@ SELECT
     output.value -> 'attributes' ->> 'dedupe_key' AS key_hint,
     NULL AS session_hint,
     false AS fetched,
-    CASE WHEN object.value ->> 'type' = 'uri' THEN object.value ->> 'uri' END AS uri,
+    object.uri,
     CASE
-        WHEN object.value ->> 'type' = 'uri' THEN 'offloaded'
-        WHEN object.value -> 'value' IS NULL THEN 'object_missing'
+        WHEN object.kind = 'uri' THEN 'offloaded'
+        WHEN object.value IS NULL THEN 'object_missing'
     END AS reason,
     NULL AS detail,
-    object.value -> 'value' AS value
+    object.value
 FROM staged_spans AS span
 JOIN staged_projects AS project ON project.name = span.project
--- OFFSET 0: each attribute is parsed once, not once per output.
+-- OFFSET 0 is a fence: each attribute is parsed once, not once per output, and each value is
+-- looked up once, not once per field.
 CROSS JOIN LATERAL (
     SELECT span.outputs::jsonb AS outputs, span.objects::jsonb AS objects OFFSET 0
 ) AS parsed
 CROSS JOIN LATERAL jsonb_array_elements(
     CASE WHEN jsonb_typeof(parsed.outputs) = 'array' THEN parsed.outputs ELSE '[]' END
 ) WITH ORDINALITY AS output (value, position)
-CROSS JOIN LATERAL (SELECT parsed.objects -> (output.value ->> 'hash') AS value OFFSET 0) AS object
+CROSS JOIN LATERAL (
+    SELECT
+        kept.value ->> 'type' AS kind,
+        CASE WHEN kept.value ->> 'type' = 'uri' THEN kept.value ->> 'uri' END AS uri,
+        CASE WHEN kept.value ->> 'type' IS DISTINCT FROM 'uri' THEN kept.value -> 'value' END
+            AS value
+    FROM (SELECT parsed.objects -> (output.value ->> 'hash') AS value OFFSET 0) AS kept
+    OFFSET 0
+) AS object
 WHERE span.state = 'readable' AND output.value ->> 'name' = 'item'

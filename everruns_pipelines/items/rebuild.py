@@ -16,6 +16,7 @@ from typing import LiteralString, cast
 
 import psycopg
 from psycopg import errors, sql
+from psycopg.rows import class_row
 
 from everruns_pipelines.clickhouse import ClickHouseResource, Log
 from everruns_pipelines.errors import Refusal
@@ -23,11 +24,10 @@ from everruns_pipelines.items.envelope import Found, read_damaged, read_envelope
 from everruns_pipelines.items.objects import OBJECTS_AT_ONCE, ObjectStore
 from everruns_pipelines.items.reading import Selection, SpanTable, of_day, stage
 from everruns_pipelines.items.scope import RebuildRequest, resolve_project
-from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+from everruns_pipelines.postgres import Connection, PostgresResource
 
 BATCH_SIZE = 5000
 _VALUES_AT_ONCE = 4
-_WORK_MEM = "64MB"
 
 # Other writers of the platform may come between: then the batch is done again.
 _ATTEMPTS = 5
@@ -59,6 +59,24 @@ class Rebuilt:
     recovered: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict[str, int])
 
+    def with_items(self, planned: Mapping[str, int]) -> "Rebuilt":
+        """This and what was done to the items of one more batch."""
+        return replace(
+            self,
+            processed=self.processed + sum(planned.values()),
+            inserted=self.inserted + planned.get("insert", 0),
+            refreshed=self.refreshed + planned.get("refresh", 0),
+            unchanged=self.unchanged + planned.get("unchanged", 0),
+        )
+
+    def with_links(self, planned: Mapping[str, int]) -> "Rebuilt":
+        """This and what was done to the links of one more batch."""
+        return replace(
+            self,
+            links_created=self.links_created + planned.get("create", 0),
+            links_unresolved=self.links_unresolved + planned.get("unresolved", 0),
+        )
+
     def counts(self) -> dict[str, int]:
         """The counts under the names of the interface."""
         return {name: value for name, value in asdict(self).items() if name in _COUNTS}
@@ -74,6 +92,12 @@ _COUNTS = (
     "links_created",
     "links_unresolved",
 )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    first: int
+    last: int
 
 
 def ensure_schema(connection: Connection) -> None:
@@ -196,7 +220,7 @@ def _merge(
     if not dry_run:
         ensure_schema(connection)
     with _projects_locked(connection, log, needed=not dry_run):
-        batches = _choose(connection)
+        _choose(connection)
         done = Rebuilt(
             spans=spans,
             spans_of_unknown_projects=unknown,
@@ -205,17 +229,16 @@ def _merge(
             ),
             recovered=recovered,
         )
-        for batch in range(batches):
-            done = _merge_batch(connection, batch, done, dry_run=dry_run)
+        for batch in _batches(connection, linked=False):
+            done = done.with_items(_merge_batch(connection, batch, dry_run=dry_run))
             log(f"{done.processed} items done")
-        for batch in range(batches):
-            done = _link_batch(connection, batch, done, dry_run=dry_run)
+        for batch in _batches(connection, linked=True):
+            done = done.with_links(_link_batch(connection, batch, dry_run=dry_run))
         return _account(connection, done, dry_run=dry_run)
 
 
 def _clean_spans(connection: Connection) -> tuple[int, int]:
     """Drop repeats and count what is left: spans of known projects, and of others."""
-    connection.execute("ANALYZE staged_spans")
     connection.execute(_read("repeats.sql"))
     unknown = connection.execute(
         "DELETE FROM staged_spans WHERE project NOT IN (SELECT name FROM staged_projects)"
@@ -322,70 +345,53 @@ def _as_found(position: int, key: str | None, uri: str | None, answer: bytes | s
     return read_envelope(position, key, answer)
 
 
-def _choose(connection: Connection) -> int:
-    """Pick one envelope per dedupe key and per ref; how many batches that makes."""
-    connection.execute("ANALYZE candidates")
-    connection.execute(_read("choose.sql"), {"batch_size": BATCH_SIZE})
-    connection.execute("CREATE INDEX ON chosen (batch)")
-    connection.execute("CREATE INDEX ON chosen (project_id, dedupe_key)")
-    connection.execute("CREATE INDEX ON chosen (project_id, ref)")
+def _choose(connection: Connection) -> None:
+    """Pick one envelope per dedupe key and per ref."""
+    connection.execute(_read("choose.sql"))
     connection.execute("ANALYZE chosen")
     connection.execute(_read("refs.sql"))
-    last = connection.execute("SELECT max(batch) FROM chosen").fetchone()
-    return 0 if last is None or last[0] is None else last[0] + 1
 
 
-def _merge_batch(connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
+def _batches(connection: Connection, *, linked: bool) -> list[_Batch]:
+    """Ranges of chosen candidates, of bounded size; with `linked` of those that name links."""
+    cursor = connection.cursor(row_factory=class_row(_Batch))
+    return cursor.execute(_read("batches.sql"), {"size": BATCH_SIZE, "linked": linked}).fetchall()
+
+
+def _merge_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
     """Write the items of one batch in one transaction; again if another writer came between."""
     for _ in range(_ATTEMPTS - 1):
         try:
-            return _merge_batch_once(connection, batch, done, dry_run=dry_run)
+            return _merge_batch_once(connection, batch, dry_run=dry_run)
         except _COLLISIONS:
             # Whoever came between may hold a ref now.
             connection.execute(_read("refs.sql"))
-    return _merge_batch_once(connection, batch, done, dry_run=dry_run)
+    return _merge_batch_once(connection, batch, dry_run=dry_run)
 
 
-def _merge_batch_once(
-    connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool
-) -> Rebuilt:
-    with transaction(connection, work_mem=_WORK_MEM):
+def _merge_batch_once(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
+    with connection.transaction():
         connection.execute("TRUNCATE planned")
-        connection.execute(_read("plan.sql"), {"batch": batch})
-        connection.execute("ANALYZE planned")
-        planned = dict(
-            connection.execute("SELECT action, count(*) FROM planned GROUP BY action").fetchall()
-        )
+        connection.execute(_read("plan.sql"), asdict(batch))
+        planned = _tally(connection, "SELECT action, count(*) FROM planned GROUP BY action")
         if not dry_run:
-            connection.execute(_read("insert.sql"))
-            connection.execute(_read("refresh.sql"))
-            connection.execute(_read("stored.sql"), {"batch": batch})
-    return replace(
-        done,
-        processed=done.processed + sum(planned.values()),
-        inserted=done.inserted + planned.get("insert", 0),
-        refreshed=done.refreshed + planned.get("refresh", 0),
-        unchanged=done.unchanged + planned.get("unchanged", 0),
-    )
+            if "insert" in planned:
+                connection.execute(_read("insert.sql"))
+            if "refresh" in planned:
+                connection.execute(_read("refresh.sql"))
+            connection.execute(_read("stored.sql"), asdict(batch))
+    return planned
 
 
-def _link_batch(connection: Connection, batch: int, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
-    with transaction(connection, work_mem=_WORK_MEM):
+def _link_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
+    """Write the links of one batch in one transaction."""
+    with connection.transaction():
         connection.execute("TRUNCATE planned_links")
-        connection.execute(_read("links.sql"), {"batch": batch})
-        planned = dict(
-            connection.execute(
-                "SELECT state, count(*) FROM planned_links GROUP BY state"
-            ).fetchall()
-        )
-        created = planned.get("create", 0)
-        if not dry_run and created:
-            created = connection.execute(_read("create_links.sql")).rowcount
-    return replace(
-        done,
-        links_created=done.links_created + created,
-        links_unresolved=done.links_unresolved + planned.get("unresolved", 0),
-    )
+        connection.execute(_read("links.sql"), asdict(batch))
+        planned = _tally(connection, "SELECT state, count(*) FROM planned_links GROUP BY state")
+        if not dry_run and "create" in planned:
+            planned["create"] = connection.execute(_read("create_links.sql")).rowcount
+    return planned
 
 
 def _account(connection: Connection, done: Rebuilt, *, dry_run: bool) -> Rebuilt:
@@ -395,10 +401,8 @@ def _account(connection: Connection, done: Rebuilt, *, dry_run: bool) -> Rebuilt
         with connection.transaction():
             connection.execute(_read("forget.sql"))
             connection.execute(_read("reject.sql"))
-    reasons = dict(
-        connection.execute(
-            "SELECT reason, count(*) FROM refused GROUP BY reason ORDER BY reason"
-        ).fetchall()
+    reasons = _tally(
+        connection, "SELECT reason, count(*) FROM refused GROUP BY reason ORDER BY reason"
     )
     offloaded = reasons.get("offloaded", 0)
     return replace(
@@ -423,6 +427,10 @@ def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Gener
                 log(f"Waiting: another rebuild of project {project} is running")
                 connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
     yield
+
+
+def _tally(connection: Connection, query: LiteralString) -> dict[str, int]:
+    return dict(connection.execute(query).fetchall())
 
 
 def _count(connection: Connection, query: LiteralString) -> int:

@@ -1,5 +1,10 @@
 -- PostgreSQL: where a rebuild works before it touches a table. Temporary: gone with the connection.
 
+-- Of this connection alone. Memoize would keep copies of every payload and never use one again.
+SET temp_buffers = '64MB';
+SET work_mem = '64MB';
+SET enable_memoize = off;
+
 -- The names under which spans know the projects in scope.
 CREATE TEMP TABLE staged_projects (
     name text PRIMARY KEY,
@@ -62,10 +67,9 @@ CREATE TEMP TABLE candidates (
     data jsonb STORAGE EXTERNAL
 );
 
--- One candidate per dedupe key, in batches.
+-- One candidate per dedupe key.
 CREATE TEMP TABLE chosen (
     candidate bigint PRIMARY KEY,
-    batch integer NOT NULL,
     project_id uuid NOT NULL,
     dedupe_key text NOT NULL,
     ref text,

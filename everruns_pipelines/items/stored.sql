@@ -2,6 +2,6 @@
 DELETE FROM everruns_pipelines.item_rejections AS rejection
 USING chosen
 WHERE
-    chosen.batch = %(batch)s
+    chosen.candidate BETWEEN %(first)s AND %(last)s
     AND rejection.project_id = chosen.project_id
     AND rejection.dedupe_key = chosen.dedupe_key

@@ -1,0 +1,353 @@
+"""What a rebuild of items costs, as ratios within one run.
+
+5 million spans are made inside ClickHouse; among them a session of 100,000 items and one of 50.
+Compared are the rebuild, the item-by-item way (json.loads and one upsert per item), and the bare
+pipe (the same rows as TSV into COPY and one merge that trusts every envelope). Each is timed
+several times in turn and the best time counts: the machine has other things to do.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, LiteralString
+
+from rich.console import Console
+from rich.table import Table
+
+from everruns_pipelines.clickhouse import ClickHouse, ClickHouseResource
+from everruns_pipelines.items.reading import Selection, SpanTable
+from everruns_pipelines.items.rebuild import Rebuilt, rebuild
+from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.settings import Settings
+
+SPANS = 5_000_000
+ITEMS = 100_000
+ROUNDS = 3
+PROJECT = "11111111-1111-4111-8111-111111111111"
+LARGE = "aaaaaaaa-0000-4000-8000-000000000001"
+SMALL = "aaaaaaaa-0000-4000-8000-000000000002"
+MEMORY_LARGE = "aaaaaaaa-0000-4000-8000-000000000003"
+MEMORY_SMALL = "aaaaaaaa-0000-4000-8000-000000000004"
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    table = Table("what", "measured", "target", "met")
+    with tempfile.TemporaryDirectory(prefix="everruns-bench-") as home:
+        settings = Settings.from_environment({"EVERRUNS_HOME": home})
+        bench = Bench(PostgresResource(settings), ClickHouseResource(settings))
+        with timed() as took:
+            bench.prepare()
+        print(f"{SPANS:,} spans made in {took():.0f} s", file=sys.stderr)
+        for row in (*bench.speed(), bench.rows_read(), *bench.memory(Path(home))):
+            table.add_row(*row)
+    Console(width=110).print(table)
+
+
+@dataclass(frozen=True)
+class Bench:
+    postgres: PostgresResource
+    clickhouse: ClickHouseResource
+
+    def prepare(self) -> None:
+        with self.postgres.connect() as connection:
+            connection.execute("INSERT INTO item_organizations (slug) VALUES ('acme')")
+            connection.execute(
+                "INSERT INTO item_workspaces (organization_id, slug)"
+                " SELECT id, 'red' FROM item_organizations"
+            )
+            connection.execute(
+                "INSERT INTO projects (id, workspace_id, slug)"
+                " SELECT %s, id, 'webapp' FROM item_workspaces",
+                [PROJECT],
+            )
+        with self.clickhouse.connect() as clickhouse:
+            for start in range(0, SPANS, 500_000):
+                make_noise(clickhouse, start, 500_000)
+            make_items(clickhouse, LARGE, ITEMS)
+            make_items(clickhouse, SMALL, 50)
+            for session, number in ((MEMORY_SMALL, 1_000), (MEMORY_LARGE, ITEMS)):
+                make_items(clickhouse, session, number)
+                make_items(clickhouse, session, 1_000, per_span=1_000)
+                make_items(clickhouse, session, 1, padding=2_000_000)
+
+    def speed(self) -> Iterator[tuple[str, ...]]:
+        """The three ways on new items and on unchanged ones."""
+        ways: dict[str, Callable[[], None]] = {
+            "rebuild": self.rebuild,
+            "by_item": self.item_by_item,
+            "bare": self.bare_pipe,
+        }
+        new = {name: [] for name in ways}
+        unchanged = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                self.empty()
+                for times in (new[name], unchanged[name]):
+                    with timed() as took:
+                        way()
+                    times.append(took())
+        for what, times, target in (("new", new, 3), ("unchanged", unchanged, 5)):
+            best = {name: min(values) for name, values in times.items()}
+            print(what, {name: round(value, 2) for name, value in best.items()}, file=sys.stderr)
+            ratio = best["by_item"] / best["rebuild"]
+            yield row(f"{ITEMS:,} {what} items, times the item-by-item way", ratio, target)
+            ratio = best["rebuild"] / best["bare"]
+            yield row(f"{ITEMS:,} {what} items, time over the bare pipe's", ratio, 1.5, below=True)
+
+    def rows_read(self) -> tuple[str, ...]:
+        """Rows that ClickHouse selects for a session of 50 items, over all rows."""
+        with self.clickhouse.connect() as clickhouse:
+            before = selected_rows(clickhouse)
+            read(clickhouse, SMALL, lambda _chunk: None)
+            share = (selected_rows(clickhouse) - before) / SPANS
+        return row("a session of 50 items, rows read of a full scan's", share, 0.05, below=True)
+
+    def memory(self, home: Path) -> Iterator[tuple[str, ...]]:
+        """Peak memory of a rebuild in a process of its own."""
+        empty, small, large = (
+            min(peak(home, session) for _ in range(2))
+            for session in ("aaaaaaaa-0000-4000-8000-00000000000f", MEMORY_SMALL, MEMORY_LARGE)
+        )
+        print(f"peak MiB: {empty:.0f} {small:.0f} {large:.0f}", file=sys.stderr)
+        yield row("peak memory, 100,000 items over 1,000", large / small, 1.2, below=True)
+        yield row("peak memory above an empty run's, MiB", large - empty, 256, below=True)
+
+    def empty(self) -> None:
+        with self.postgres.connect() as connection:
+            connection.execute("TRUNCATE items, item_links")
+            connection.execute("VACUUM (ANALYZE) items")
+            connection.execute("CHECKPOINT")
+
+    def rebuild(self, session: str = LARGE) -> Rebuilt:
+        request = RebuildRequest("acme", "red", "webapp", session)
+        return rebuild(self.postgres, self.clickhouse, request, lambda _message: None)
+
+    def item_by_item(self) -> None:
+        with self.postgres.connect() as connection:  # Each upsert a transaction, as an API does.
+            rest = b""
+
+            def take(chunk: bytes) -> None:
+                nonlocal rest
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    upsert_items(connection, line)
+
+            with self.clickhouse.connect() as clickhouse:
+                read(clickhouse, LARGE, take)
+
+    def bare_pipe(self) -> None:
+        with self.postgres.connect() as connection, connection.transaction():
+            connection.execute(_BARE_STAGING)
+            with (
+                self.clickhouse.connect() as clickhouse,
+                connection.cursor().copy("COPY bare FROM STDIN") as copy,
+            ):
+                read(clickhouse, LARGE, copy.write)
+            connection.execute(_BARE_MERGE, [PROJECT])
+
+
+_UPSERT: LiteralString = """
+INSERT INTO items (
+    organization_id, project_id, item_type, title, ref, data, source, session_id, trace_id,
+    span_id, capability, capability_version, schema_ref, dedupe_key, created_at
+)
+SELECT
+    organization_id, %(project)s, %(item_type)s, %(title)s, %(ref)s, %(data)s, 'extracted',
+    %(session_id)s, %(trace_id)s, %(span_id)s, %(capability)s, %(capability_version)s,
+    %(schema_ref)s, %(dedupe_key)s, to_timestamp(%(ended)s)
+FROM item_workspaces
+ON CONFLICT (project_id, dedupe_key) DO UPDATE SET
+    item_type = excluded.item_type, title = excluded.title, ref = excluded.ref,
+    data = excluded.data, session_id = excluded.session_id, trace_id = excluded.trace_id,
+    span_id = excluded.span_id, capability = excluded.capability,
+    capability_version = excluded.capability_version, schema_ref = excluded.schema_ref,
+    updated_at = now()
+WHERE (items.title, items.ref, items.data) IS DISTINCT FROM
+    (excluded.title, excluded.ref, excluded.data)
+"""
+
+_BARE_STAGING: LiteralString = """
+CREATE TEMP TABLE bare (
+    trace_id text, span_id text, run_id text, project text, ended_ns bigint, whole boolean,
+    state text, outputs text STORAGE EXTERNAL, objects text STORAGE EXTERNAL, complete boolean
+) ON COMMIT DROP
+"""
+
+_BARE_MERGE: LiteralString = """
+INSERT INTO items (
+    organization_id, project_id, item_type, title, ref, data, source, session_id, trace_id,
+    span_id, capability, capability_version, schema_ref, dedupe_key, created_at
+)
+SELECT
+    workspace.organization_id, %s, object.value ->> 'item_type', object.value ->> 'title', object.value ->> 'ref',
+    object.value -> 'data', 'extracted', (object.value ->> 'session_id')::uuid,
+    coalesce(object.value ->> 'trace_id', bare.trace_id), coalesce(object.value ->> 'span_id', bare.span_id),
+    object.value ->> 'capability', object.value ->> 'capability_version', object.value ->> 'schema_ref',
+    object.value ->> 'dedupe_key', to_timestamp(bare.ended_ns / 1e9)
+FROM bare
+CROSS JOIN item_workspaces AS workspace
+CROSS JOIN LATERAL (SELECT bare.objects::jsonb AS objects OFFSET 0) AS parsed
+CROSS JOIN LATERAL jsonb_array_elements(bare.outputs::jsonb) AS output
+CROSS JOIN LATERAL (
+    SELECT parsed.objects -> (output.value ->> 'hash') -> 'value' AS value OFFSET 0
+) AS object
+WHERE output.value ->> 'name' = 'item'
+ON CONFLICT (project_id, dedupe_key) DO UPDATE SET
+    item_type = excluded.item_type, title = excluded.title, ref = excluded.ref,
+    data = excluded.data, session_id = excluded.session_id, trace_id = excluded.trace_id,
+    span_id = excluded.span_id, capability = excluded.capability,
+    capability_version = excluded.capability_version, schema_ref = excluded.schema_ref,
+    updated_at = now()
+WHERE (items.title, items.ref, items.data) IS DISTINCT FROM
+    (excluded.title, excluded.ref, excluded.data)
+"""
+
+
+def upsert_items(connection: Connection, line: bytes) -> None:
+    """Every item of a span, the way one writes it first."""
+    fields = [unescape(text) for text in line.split(b"\t")]
+    trace_id, span_id, _, _, ended_ns, _, _, outputs, objects, _ = fields
+    held = json.loads(objects)
+    for output in json.loads(outputs):
+        if output["name"] == "item":
+            value: dict[str, Any] = held[output["hash"]]["value"]
+            connection.execute(
+                _UPSERT,
+                {
+                    **value,
+                    "project": PROJECT,
+                    "data": json.dumps(value["data"]),
+                    "trace_id": value["trace_id"] or trace_id,
+                    "span_id": value["span_id"] or span_id,
+                    "ended": int(ended_ns) / 1e9,
+                },
+            )
+
+
+def unescape(text: bytes) -> str:
+    return text.replace(rb"\\", b"\\").decode() if b"\\" in text else text.decode()
+
+
+def read(clickhouse: ClickHouse, session: str, take: Callable[[bytes], object]) -> None:
+    """The bytes that a rebuild of a session reads."""
+    from uuid import UUID
+
+    table = SpanTable(clickhouse, "otel_traces", [PROJECT, "webapp"])
+    selections: list[Selection] = list(table.of_session(UUID(session)))
+    for selection in selections:
+        for chunk in clickhouse.stream(*table.query(selection)):
+            take(chunk)
+
+
+def selected_rows(clickhouse: ClickHouse) -> int:
+    query = "SELECT value FROM system.events WHERE event = 'SelectedRows'"
+    return int(clickhouse.rows(query, {})[0][0])
+
+
+def make_noise(clickhouse: ClickHouse, start: int, number: int) -> None:
+    """Spans of other sessions: fifty a trace, two hundred a session."""
+    clickhouse.client.command(f"""
+        INSERT INTO otel_traces
+        (Timestamp, TraceId, SpanId, ServiceName, SpanName, SpanKind, SpanAttributes, Duration)
+        SELECT
+            toDateTime64('2026-01-01 00:00:00', 9) + intDiv(number, 20),
+            lower(hex(MD5(toString(intDiv(number, 50))))),
+            leftPad(lower(hex(number)), 16, '0'),
+            'agent',
+            ['agent', 'generation', 'tool:shell', 'tool:http', 'task'][number % 5 + 1],
+            'Internal',
+            map(
+                'dreadnode.project', '{PROJECT}',
+                'dreadnode.session.id', toString(reinterpretAsUUID(MD5(toString(intDiv(number, 200))))),
+                'dreadnode.run.id', toString(reinterpretAsUUID(MD5('run' || toString(intDiv(number, 100))))),
+                'logfire.span_type', 'span',
+                'logfire.msg', 'message ' || toString(number),
+                'dreadnode.outputs', '[{{"name":"result","label":"result","hash":"b25fdfe6ba7b0570","attributes":null}}]',
+                'dreadnode.objects', '{{"b25fdfe6ba7b0570":{{"hash":"b25fdfe6ba7b0570","value":"done ' || toString(number) || '","type":"val"}}}}'
+            ),
+            1000000
+        FROM numbers({start}, {number})
+    """)  # noqa: E501, S608 - our own constants; a literal is a literal
+
+
+def make_items(
+    clickhouse: ClickHouse, session: str, number: int, *, per_span: int = 1, padding: int = 400
+) -> None:
+    """A session's items, `per_span` in each span, with `padding` bytes of evidence."""
+    clickhouse.client.command(f"""
+        INSERT INTO otel_traces
+        (Timestamp, TraceId, SpanId, ServiceName, SpanName, SpanKind, SpanAttributes, Duration)
+        WITH
+            arrayMap(n -> number * {per_span} + n, range({per_span})) AS ns,
+            arrayMap(n -> lower(hex(MD5('{session} {per_span} {padding} ' || toString(n)))), ns) AS keys
+        SELECT
+            toDateTime64('2026-01-01 12:00:00', 9) + intDiv(number, 50),
+            lower(hex(MD5('{session}' || toString(intDiv(number, 50))))),
+            leftPad(lower(hex(cityHash64('{session}', number, {per_span}, {padding}))), 16, '0'),
+            'agent',
+            'tool:report_item',
+            'Internal',
+            map(
+                'dreadnode.project', '{PROJECT}',
+                'dreadnode.session.id', '{session}',
+                'dreadnode.run.id', '{session}',
+                'logfire.span_type', 'span',
+                'dreadnode.outputs', '[' || arrayStringConcat(arrayMap(key ->
+                    '{{"name":"item","label":"x","hash":"' || left(key, 16) || '","attributes":{{"item_type":"finding","severity":"low","status":"","dedupe_key":"' || key || '"}}}}', keys), ',') || ']',
+                'dreadnode.objects', '{{' || arrayStringConcat(arrayMap((key, n) ->
+                    '"' || left(key, 16) || '":{{"hash":"' || left(key, 16) || '","schema_hash":"0275535e8e9459a7","value":{{"item_type":"finding","dedupe_key":"' || key || '","ref":"r' || key || '","title":"RCE in /api #' || toString(n) || '","status":null,"notes":null,"schema_ref":"finding@1","session_id":"{session}","trace_id":null,"span_id":null,"capability":"web-recon","capability_version":"1.4.2","data":{{"title":"RCE in /api #' || toString(n) || '","description":"**api** is affected; `x=779`","severity":"low","category":null,"evidence":"' || repeat('GET /api?q=A ', intDiv({padding}, 13)) || '","metadata":{{"cvss":2.0,"tags":["cache","login","upload"],"n":' || toString(n) || ',"deep":{{"a":[0,0,7],"b":null,"c":true}}}}}},"links":null}},"type":"val"}}', keys, ns), ',') || '}}'
+            ),
+            4000012
+        FROM numbers({number // per_span})
+        SETTINGS max_block_size = 1000
+    """)  # noqa: E501, S608 - our own constants; a literal is a literal
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    start = time.perf_counter()
+    end: list[float] = []
+    yield lambda: end[0]
+    end.append(time.perf_counter() - start)
+
+
+def row(
+    what: str, measured: float, target: float, *, below: bool = False
+) -> tuple[str, str, str, str]:
+    met = measured <= target if below else measured >= target
+    sign = "at most" if below else "at least"
+    return what, f"{measured:.3g}", f"{sign} {target:g}", "yes" if met else "NO"
+
+
+def peak(home: Path, session: str) -> float:
+    """Peak resident memory of one rebuild, in MiB."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.items", str(home), session],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(answer.stdout) / 1024
+
+
+def rebuild_and_print_peak(home: str, session: str) -> None:
+    settings = Settings.from_environment({"EVERRUNS_HOME": home})
+    bench = Bench(PostgresResource(settings), ClickHouseResource(settings))
+    bench.rebuild(session)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        rebuild_and_print_peak(*sys.argv[1:])
+    else:
+        main()
