@@ -1,5 +1,7 @@
 """The composition root: the one Definitions, and nothing else."""
 
+import warnings
+
 import dagster as dg
 
 from everruns_pipelines.postgres import PostgresResource
@@ -10,9 +12,15 @@ from everruns_pipelines.settings import Settings
 
 def build_definitions(settings: Settings) -> dg.Definitions:
     """Everything that Dagster is to know, for the given settings."""
+    with warnings.catch_warnings():
+        # Single-run backfills and partitioned checks: young, and chosen on purpose.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        assets = fact_assets(settings)
+        checks = fact_checks(settings)
     return dg.Definitions(
-        assets=[*source_assets(), *fact_assets(settings)],
-        asset_checks=fact_checks(settings),
+        assets=[*source_assets(), *assets],
+        asset_checks=checks,
         jobs=[backfill_reporting, project_reporting],
         resources={
             "postgres": PostgresResource(settings),

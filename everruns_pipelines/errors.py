@@ -12,6 +12,10 @@ class SettingsError(ValueError):
     """An environment variable is set but wrong; the message names it and what is expected."""
 
 
+class RunFailure(Exception):
+    """A run was started and failed; says why, and holds nothing of the data."""
+
+
 @dataclass(frozen=True)
 class FieldError:
     """One wrong field of a request: where (`loc`), what is allowed (`msg`), which kind (`type`)."""

@@ -57,7 +57,7 @@ def _connected(url: str) -> Generator[Connection]:
     except psycopg.OperationalError as error:
         # libpq's message names host and user, never the password.
         raise Refusal(
-            f"PostgreSQL cannot be used: {str(error).strip()}. "
+            f"PostgreSQL cannot be used: {' '.join(str(error).split())}. "
             "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
             code="unavailable",
             status=503,

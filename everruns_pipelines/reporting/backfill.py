@@ -13,12 +13,12 @@ from importlib.resources import files
 from typing import LiteralString, cast
 
 import psycopg
-from psycopg import sql
 
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.postgres import Connection, transaction
-from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Fact, Projection, Source
-from everruns_pipelines.reporting.query import EVERYTHING, projected_rows, selected_rows
+from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.reporting.database import require_org
+from everruns_pipelines.reporting.missing import find_missing
 
 # Held by the platform's own backfill and repair for as long as they run.
 GLOBAL_LOCK = 0x6576_6572_7270_7471
@@ -26,9 +26,6 @@ LOCK_WAIT_SECONDS = 30
 LARGEST_LIMIT = 10_000
 
 _WORK_MEM = "256MB"
-_OF_ORG = sql.SQL(
-    "JOIN organizations AS scope ON scope.org_id = {org_id} AND scope.org_id = %(org_id)s"
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def enqueue(
         Refusal: the request is not valid, its organization does not exist, or another backfill of
             all organizations runs on; nothing was enqueued.
     """
-    _check(connection, request)
+    check(connection, request)
     wanted = request.source_types
     sources = [source for source in SOURCES if wanted is None or source.type in wanted]
     enqueued: Counter[str] = Counter()
@@ -78,7 +75,7 @@ def enqueue(
         with transaction(connection, work_mem=_WORK_MEM):
             if request.org_id is None and not request.dry_run:
                 _lock(connection, lock_wait_seconds)
-            _find(connection, sources, request.org_id)
+            find_missing(connection, sources, request.org_id)
             chosen = _choose(connection, open_limit)
             written = chosen if request.dry_run else _write(connection)
         enqueued += written
@@ -89,7 +86,12 @@ def enqueue(
     return {"enqueued": enqueued.total(), **counts}
 
 
-def _check(connection: Connection, request: BackfillRequest) -> None:
+def check(connection: Connection, request: BackfillRequest) -> None:
+    """Refuse what `enqueue` could not do.
+
+    Raises:
+        Refusal: a value is not allowed, or there is no such organization.
+    """
     limit, org_id, source_types = request.limit, request.org_id, request.source_types
     if not _is_integer(limit) or not 1 <= limit <= LARGEST_LIMIT:
         raise _refused("limit", f"a whole number from 1 to {LARGEST_LIMIT}", limit)
@@ -107,13 +109,7 @@ def _check(connection: Connection, request: BackfillRequest) -> None:
         return
     if not _is_integer(org_id):
         raise _refused("org_id", "null for all organizations, or the number of one", org_id)
-    if not connection.execute("SELECT FROM organizations WHERE org_id = %s", [org_id]).fetchone():
-        raise Refusal(
-            f"org_id: there is no organization {org_id}",
-            code="not_found_error",
-            status=404,
-            errors=(FieldError(("org_id",), "an organization that exists"),),
-        )
+    require_org(connection, org_id)
 
 
 def _is_integer(value: object) -> bool:
@@ -149,23 +145,6 @@ def _lock(connection: Connection, wait_seconds: float) -> None:
         ) from None
 
 
-def _find(connection: Connection, sources: Sequence[Source], org_id: int | None) -> None:
-    """Fill pg_temp.missing with the sources that lack a fact or have a stale one."""
-    connection.execute("DROP TABLE IF EXISTS pg_temp.missing")
-    connection.execute(
-        "CREATE TEMPORARY TABLE missing"
-        " (source_type text, reason text, org_id bigint, source_id text, at timestamptz)"
-        " ON COMMIT DROP"
-    )
-    scope = EVERYTHING if org_id is None else _OF_ORG
-    for source in sources:
-        connection.execute(
-            sql.SQL("INSERT INTO pg_temp.missing {}").format(_missing(source, scope)),
-            {"org_id": org_id},
-        )
-    connection.execute("ANALYZE pg_temp.missing")
-
-
 def _choose(connection: Connection, limit: int) -> Counter[str]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
     connection.execute(_statement("choose"), {"limit": limit})
@@ -174,63 +153,6 @@ def _choose(connection: Connection, limit: int) -> Counter[str]:
 
 def _write(connection: Connection) -> Counter[str]:
     return Counter(row[0] for row in connection.execute(_statement("enqueue")))
-
-
-def _missing(source: Source, scope: sql.SQL) -> sql.Composed:
-    """The sources of one table that lack a fact, have a stale one or one too many."""
-    parts: list[sql.Composable] = []
-    for fact in FACTS:
-        for projection in fact.projections:
-            if projection.source is source:
-                parts.append(_lacking(fact, projection, scope))
-                if projection.supersedes:
-                    parts.append(_superseded(fact, projection, scope))
-    return sql.SQL("SELECT {type}, {reason}, org_id, source_id, at FROM ({parts}) AS found").format(
-        type=sql.Literal(source.type),
-        reason=sql.Literal(source.reason),
-        parts=sql.SQL(" UNION ").join(parts),
-    )
-
-
-def _lacking(fact: Fact, projection: Projection, scope: sql.SQL) -> sql.Composed:
-    """Sources without one of the facts of a projection, or with a stale one."""
-    current = [
-        sql.SQL("fact.{0} IS NOT DISTINCT FROM expected.{0}").format(sql.Identifier(column))
-        for column in projection.tracks
-    ]
-    return sql.SQL(
-        "SELECT org_id, split_part(source_key, ':', 2) AS source_id, created_at AS at"
-        " FROM ({expected}) AS expected"
-        " WHERE rejected IS NULL AND NOT EXISTS (SELECT FROM {fact} AS fact WHERE {is_it})"
-    ).format(
-        expected=projected_rows(fact, projection, scope),
-        fact=sql.Identifier(fact.table),
-        is_it=sql.SQL(" AND ").join(
-            [
-                sql.SQL("fact.org_id = expected.org_id"),
-                sql.SQL("fact.source_key = expected.source_key"),
-                *current,
-            ]
-        ),
-    )
-
-
-def _superseded(fact: Fact, projection: Projection, scope: sql.SQL) -> sql.Composed:
-    """Sources with a fact that their projection no longer makes."""
-    return sql.SQL(
-        "SELECT source.org_id, source.source_id::text, source.at"
-        " FROM (SELECT org_id, id AS source_id, {time} AS at FROM ({sources}) AS source) AS source"
-        " JOIN {fact} AS fact ON {superseded}"
-        " WHERE NOT EXISTS ("
-        "SELECT FROM ({expected}) AS expected"
-        " WHERE expected.org_id = fact.org_id AND expected.source_key = fact.source_key)"
-    ).format(
-        time=sql.Identifier(projection.source.time),
-        sources=selected_rows(projection.source, projection.event_types, scope),
-        fact=sql.Identifier(fact.table),
-        superseded=sql.SQL(projection.supersedes or "true"),
-        expected=projected_rows(fact, projection, scope),
-    )
 
 
 @cache

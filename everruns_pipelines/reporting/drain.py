@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import psycopg
 from psycopg import sql
 
+from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.postgres import Connection, transaction
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.outbox import Claim, Outbox
 from everruns_pipelines.reporting.projector import (
     Outcome,
@@ -24,6 +26,9 @@ _SELECTED = sql.SQL(
     "SELECT org_id, source_id FROM pg_temp.batch"
     " WHERE source_type = %(source_type)s AND source_id IS NOT NULL"
 )
+
+
+LARGEST_BATCH = 100_000
 
 
 @dataclass
@@ -56,6 +61,32 @@ class Drained:
             "failed": self.failed,
             "parked": self.parked,
         }
+
+
+def check(
+    connection: Connection,
+    *,
+    org_id: int | None = None,
+    batch_size: int = 1,
+    max_rows: int | None = None,
+) -> None:
+    """Refuse what `drain` could not do.
+
+    Raises:
+        Refusal: a number is out of range, or there is no such organization.
+    """
+    for name, value, largest, least in (
+        ("batch_size", batch_size, LARGEST_BATCH, 1),
+        ("max_rows", 0 if max_rows is None else max_rows, 2**31 - 1, 0),
+    ):
+        if not least <= value <= largest:
+            expected = f"a whole number from {least} to {largest}"
+            raise Refusal(
+                f"{name}: expected {expected}, got {value}",
+                errors=(FieldError((name,), f"expected {expected}"),),
+            )
+    if org_id is not None:
+        require_org(connection, org_id)
 
 
 def drain(

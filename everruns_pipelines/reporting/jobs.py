@@ -9,15 +9,13 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
-from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.failures import told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
-from everruns_pipelines.reporting.database import prepare, require_org
-from everruns_pipelines.reporting.drain import Drained, drain
-
-_LARGEST_BATCH = 100_000
+from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.drain import LARGEST_BATCH, Drained, check, drain
 
 
 class EnqueueConfig(dg.Config):
@@ -40,9 +38,7 @@ class ProjectConfig(dg.Config):
     """What to project of that which is due."""
 
     org_id: int | None = Field(None, description="One organization; null for all of them.")
-    batch_size: int = Field(
-        5000, description=f"Outbox rows per transaction: 1 to {_LARGEST_BATCH}."
-    )
+    batch_size: int = Field(5000, description=f"Outbox rows per transaction: 1 to {LARGEST_BATCH}.")
     max_rows: int | None = Field(
         None, description="The most outbox rows to project; null until nothing is due."
     )
@@ -86,8 +82,13 @@ def project_op(
 ) -> dict[str, int]:
     """Project what is due in the outbox into the facts, batch by batch."""
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
-        _check(connection, config)
         prepare(connection)
+        check(
+            connection,
+            org_id=config.org_id,
+            batch_size=config.batch_size,
+            max_rows=config.max_rows,
+        )
         drained = Drained()
         try:
             for batch in drain(
@@ -103,21 +104,6 @@ def project_op(
             _report(context, postgres, drained)
     context.add_output_metadata(drained.result())
     return drained.result()
-
-
-def _check(connection: Connection, config: ProjectConfig) -> None:
-    for name, value, allowed in (
-        ("batch_size", config.batch_size, range(1, _LARGEST_BATCH + 1)),
-        ("max_rows", config.max_rows or 0, range(2**31)),
-    ):
-        if value not in allowed:
-            expected = f"a whole number from {allowed.start} to {allowed.stop - 1}"
-            raise Refusal(
-                f"{name}: expected {expected}, got {value}",
-                errors=(FieldError((name,), f"expected {expected}"),),
-            )
-    if config.org_id is not None:
-        require_org(connection, config.org_id)
 
 
 def _progress(connection: Connection, drained: Drained) -> str:

@@ -1,0 +1,54 @@
+"""Runs a job in this process, recorded where Dagster's own commands would record it."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+from dagster._cli.utils import get_possibly_temporary_instance_for_cli
+
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.errors import Refusal, RunFailure
+from everruns_pipelines.settings import Settings
+
+
+def run_job(
+    settings: Settings,
+    job: str,
+    ops: Mapping[str, Mapping[str, Any]],
+    *,
+    log_level: str = "INFO",
+) -> dict[str, dict[str, Any]]:
+    """Run `job` with the given config per op; what each op answered.
+
+    Args:
+        log_level: the least that is logged to standard error. INFO is what the ops say.
+
+    Raises:
+        Refusal: the request was refused.
+        RunFailure: the run failed.
+    """
+    run_config = {
+        "ops": {name: {"config": dict(config)} for name, config in ops.items()},
+        "loggers": {"console": {"config": {"log_level": log_level}}},
+    }
+    quiet = logging.getLogger("everruns_pipelines.instance")
+    quiet.setLevel(logging.WARNING)
+    with get_possibly_temporary_instance_for_cli("everruns-pipelines", logger=quiet) as instance:
+        try:
+            result = (
+                build_definitions(settings)
+                .get_job_def(job)
+                .execute_in_process(run_config=run_config, instance=instance)
+            )
+        except dg.Failure as failure:
+            if isinstance(failure.__cause__, Refusal):
+                raise failure.__cause__ from None
+            raise RunFailure(failure.description or "the run failed") from None
+        except dg.DagsterError as error:
+            raise RunFailure(str(error)) from error
+    return {
+        event.step_key: result.output_for_node(event.step_key)
+        for event in result.get_step_success_events()
+        if event.step_key is not None
+    }
