@@ -8,7 +8,7 @@ time, so memory does not grow with the data.
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from random import Random
@@ -43,9 +43,10 @@ _REASONS = {
 _HOURS = (2, 1, 1, 1, 2, 3, 6, 12, 20, 26, 28, 26, 20, 24, 28, 28, 26, 22, 16, 12, 9, 7, 5, 3)
 _WEEKEND = 0.35
 
-# Name, how many sessions of a hundred, and how many people.
-_ORGANIZATIONS = (("Northwind", 62, 40), ("Acme", 29, 14), ("Lumen", 9, 5))
-_PEOPLE = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Igor", "Jun")
+_ORGANIZATIONS = ("Northwind", "Acme", "Lumen")
+_SHARES = (62, 29, 9)  # of the sessions
+_PEOPLE = 40  # of the largest organization
+_FIRST_NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Igor", "Jun")
 _AGENTS = ("support", "research", "billing", "release-notes", "data-analyst", "onboarding")
 _HARNESSES = ("generic", "coding", "chat")
 _APPS = ("helpdesk", "handbook", "sales-room")
@@ -59,7 +60,7 @@ _BUILTIN = {
 }
 _MCP_SERVERS = ("github", "linear")
 _SKILLS = ("pdf-forms", "release-checklist")
-_DECLARATIVE = (("tone-of-voice", "Tone of voice"), ("refund-rules", None))
+_DECLARATIVE = {"tone-of-voice": "Tone of voice", "refund-rules": None}
 _GUARDRAILS = ("pii_guardrail", "prompt_injection_guardrail")
 # Tool, what people see, its capability if it has one, its usual duration in ms.
 _TOOLS = (
@@ -76,6 +77,7 @@ _TOOLS = (
 _TOOL_CALLS_PER_TURN = (0, 1, 2, 3, 4, 5, 6, 8, 11, 20)
 _TOOL_STATUSES = ("success",) * 92 + ("error",) * 5 + ("timeout",) * 2 + ("cancelled",)
 _TURN_ENDS = ("completed",) * 92 + ("failed",) * 5 + ("cancelled",) * 3
+_FINISH_REASONS = ("stop", "stop", "tool_calls", "length")
 _MODELS = (
     ("claude-sonnet-4-5", "anthropic", 3.0, 15.0),  # US dollars per million tokens, in and out
     ("claude-haiku-4-5", "anthropic", 1.0, 5.0),
@@ -161,22 +163,20 @@ def load_sample_data(
         # counters that they keep.
         connection.execute("SET LOCAL session_replication_role = replica")
         load = _Load(connection, dice, enqueued_share)
-        orgs = [
-            _found_organization(load, number, since) for number in range(1, len(_ORGANIZATIONS) + 1)
-        ]
+        founded = since - timedelta(days=90)
+        orgs = [_Organization(load, number, founded) for number in range(1, len(_SHARES) + 1)]
         connection.execute("SELECT setval('organizations_org_id_seq', %s)", [len(orgs)])
-        chances = [share for _, share, _ in _ORGANIZATIONS]
         sessions = max(1, round(events / _EVENTS_PER_SESSION))
         told = 0
         for number, begun in enumerate(_session_starts(dice, sessions, since, until), 1):
-            [org] = dice.choices(orgs, chances)
+            [org] = dice.choices(orgs, _SHARES)
             # Sizes vary, their sum does not drift: each session tells events up to its quota.
             quota = events * (number + dice.uniform(-0.5, 0.5)) / sessions
             quota = int(min(quota, events)) if number < sessions else events
             told += _Session(load, org, begun, until).tell(quota - told, projected_share)
             load.copy_some()
         for org in orgs:
-            _close_budgets(load, org, until)
+            org.close_budgets(until)
         load.finish()
     return SampleData(dict(load.rows), dict(load.sources), since, until)
 
@@ -267,208 +267,131 @@ class _Load:
             self.rows[table] += len(rows)
 
 
-@dataclass
-class _Budget:
-    id: str
-    subject_type: str
-    subject_id: str
-    limit: float
-    spent: float = 0.0
-
-
-@dataclass
 class _Organization:
-    id: int
-    begun: datetime
-    owners: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
-    workspaces: list[str] = field(default_factory=list[str])
-    apps: list[str] = field(default_factory=list[str])
-    agents: list[str] = field(default_factory=list[str])
-    harnesses: list[str] = field(default_factory=list[str])
-    capabilities: dict[str, str] = field(default_factory=dict[str, str])
-    budgets: list[_Budget] = field(default_factory=list[_Budget])
+    """An organization and what it had before its first session."""
 
+    def __init__(self, load: _Load, number: int, founded: datetime) -> None:
+        self._load = load
+        self._dice = dice = load.dice
+        self._founded = founded
+        self._name = _ORGANIZATIONS[number - 1]
+        self.id = number
+        self.owners: list[tuple[str, str | None]] = []  # principal, and the user behind it
+        self.capabilities = dict(_BUILTIN)  # every flavour, as sessions name it, and its name
+        public_id = dice.public_id("org")
+        dates = {"created_at": founded, "updated_at": founded}
+        load.add("organizations", org_id=number, public_id=public_id, name=self._name, **dates)
+        for person in range(_PEOPLE // number):
+            self._add_person(person)
+        self._add_principal("system", None, None)
+        self.workspaces = [
+            self._add("workspaces", public_id=dice.public_id("wsp"), name=f"Workspace {room}")
+            for room in range(1, 6)
+        ]
+        self.apps = [dice.uuid(founded) for _ in _APPS]
+        for app_id, name in zip(self.apps, _APPS, strict=True):
+            load.add("apps", id=app_id, org_id=number, name=name)
+        self._add_capabilities()
+        self.agents = [
+            self._add("agents", name=name, system_prompt=f"You are the {name} agent.")
+            for name in _AGENTS
+        ]
+        self.harnesses = [
+            self._add("harnesses", name=name, display_name=name.title(), system_prompt="Be brief.")
+            for name in _HARNESSES
+        ]
+        self._configure("agent", self.agents)
+        self._configure("harness", self.harnesses)
+        subjects = [("org", public_id), *(("agent", agent) for agent in self.agents[:2])]
+        self._budgets = {dice.uuid(founded): subject for subject in subjects}
+        self.budgets = list(self._budgets)
+        self.spent = dict.fromkeys(self.budgets, 0.0)
 
-def _found_organization(load: _Load, number: int, since: datetime) -> _Organization:
-    """An organization as it stood before its first session."""
-    name, _, people = _ORGANIZATIONS[number - 1]
-    org = _Organization(number, since - timedelta(days=90))
-    public_id = load.dice.public_id("org")
-    _add_people(load, org, name, people)
-    load.add(
-        "organizations",
-        org_id=org.id,
-        public_id=public_id,
-        name=name,
-        created_at=org.begun,
-        updated_at=org.begun,
-        created_by=org.owners[0][1],
-    )
-    for app in _APPS:
-        org.apps.append(load.dice.uuid(org.begun))
-        load.add("apps", id=org.apps[-1], org_id=org.id, name=app)
-    _add_capabilities(load, org, name)
-    _add_agents(load, org)
-    subjects = [("org", public_id), *(("agent", agent) for agent in org.agents[:2])]
-    org.budgets = [
-        _Budget(load.dice.uuid(org.begun), *subject, limit=5000.0) for subject in subjects
-    ]
-    return org
+    def _add(self, table: str, /, **row: Any) -> str:
+        row_id = self._dice.uuid(self._founded)
+        dates = {"created_at": self._founded, "updated_at": self._founded}
+        self._load.add(table, id=row_id, org_id=self.id, **row, **dates)
+        return row_id
 
-
-def _add_people(load: _Load, org: _Organization, name: str, people: int) -> None:
-    for number in range(people):
-        person = f"{_PEOPLE[number % len(_PEOPLE)]} {number + 1}"
-        user_id = load.dice.uuid(org.begun)
-        load.add(
-            "users",
-            id=user_id,
-            email=f"{person.lower().replace(' ', '.')}@{name.lower()}.example",
-            name=person,
-            email_verified=True,
-            created_at=org.begun,
-            updated_at=org.begun,
-        )
-        user = _add_principal(load, org, "user", user_id, None, user_id)
+    def _add_person(self, number: int) -> None:
+        user_id = self._dice.uuid(self._founded)
+        name = f"{_FIRST_NAMES[number % len(_FIRST_NAMES)]} {number + 1}"
+        email = f"{name.replace(' ', '.')}@{self._name}.example".lower()
+        dates = {"created_at": self._founded, "updated_at": self._founded}
+        self._load.add("users", id=user_id, email=email, name=name, **dates)
+        principal_id = self._add_principal("user", user_id, user_id)
         if number % 5 == 0:  # some people lend their rights to an agent
-            _add_principal(load, org, "agent_identity", load.dice.uuid(org.begun), user, user_id)
-    _add_principal(load, org, "system", None, None, None)
-    for number in range(1 + people // 8):
-        owner, user_id = org.owners[number]
-        org.workspaces.append(load.dice.uuid(org.begun))
-        load.add(
-            "workspaces",
-            id=org.workspaces[-1],
-            org_id=org.id,
-            public_id=load.dice.public_id("wsp"),
-            name=f"Workspace {number + 1}",
-            owner_principal_id=owner,
-            resolved_owner_user_id=user_id,
-            created_at=org.begun,
-            updated_at=org.begun,
-        )
-
-
-def _add_principal(
-    load: _Load,
-    org: _Organization,
-    kind: str,
-    subject_id: str | None,
-    parent_id: str | None,
-    user_id: str | None,
-) -> str:
-    principal_id = load.dice.uuid(org.begun)
-    org.owners.append((principal_id, user_id))
-    load.add(
-        "principals",
-        id=principal_id,
-        public_id=load.dice.public_id("principal"),
-        org_id=org.id,
-        kind=kind,
-        subject_id=subject_id,
-        parent_principal_id=parent_id,
-        resolved_user_id=user_id,
-        created_at=org.begun,
-        updated_at=org.begun,
-    )
-    return principal_id
-
-
-def _add_capabilities(load: _Load, org: _Organization, name: str) -> None:
-    """Every flavour of capability the organization can configure, as its sessions name it."""
-    org.capabilities.update(_BUILTIN)
-    dates = {"created_at": org.begun, "updated_at": org.begun}
-    for server in _MCP_SERVERS:
-        server_id, server_name = load.dice.uuid(org.begun), f"{name.lower()}-{server}"
-        org.capabilities[f"mcp:{server_id}"] = server_name
-        url = f"https://{server}.{name.lower()}.example/mcp"
-        load.add("mcp_servers", id=server_id, org_id=org.id, name=server_name, url=url, **dates)
-    for skill in _SKILLS:
-        skill_id = load.dice.uuid(org.begun)
-        org.capabilities[f"skill:{skill_id}"] = skill
-        load.add(
-            "skills",
-            id=skill_id,
-            public_id=load.dice.public_id("skill"),
-            org_id=org.id,
-            name=skill,
-            description=f"How to deal with {skill}.",
-            instructions="Read the checklist first.",
-            **dates,
-        )
-    for capability, display_name in _DECLARATIVE:
-        org.capabilities[f"declarative:{capability}"] = display_name or capability
-        load.add(
-            "declarative_capabilities",
-            id=load.dice.uuid(org.begun),
-            org_id=org.id,
-            public_id=load.dice.public_id("cap"),
-            name=capability,
-            display_name=display_name,
-            description="Rules that every answer follows.",
-            **dates,
-        )
-
-
-def _add_agents(load: _Load, org: _Organization) -> None:
-    dates = {"created_at": org.begun, "updated_at": org.begun}
-    for agent in _AGENTS:
-        org.agents.append(load.dice.uuid(org.begun))
-        load.add(
-            "agents",
-            id=org.agents[-1],
-            org_id=org.id,
-            name=agent,
-            system_prompt=f"You are the {agent} agent. Be brief and correct.",
-            **dates,
-        )
-        for position, capability in enumerate(load.dice.sample(list(org.capabilities), 3)):
-            load.add(
-                "agent_capabilities",
-                id=load.dice.uuid(org.begun),
-                agent_id=org.agents[-1],
-                capability_id=capability,
-                position=position,
-                created_at=org.begun,
-            )
-    for harness in _HARNESSES:
-        org.harnesses.append(load.dice.uuid(org.begun))
-        load.add(
-            "harnesses",
-            id=org.harnesses[-1],
-            org_id=org.id,
-            name=harness,
-            display_name=harness.title(),
-            system_prompt="Use the tools you have.",
-            **dates,
-        )
-        for position, capability in enumerate(load.dice.sample(list(org.capabilities), 2)):
-            load.add(
-                "harness_capabilities",
-                id=load.dice.uuid(org.begun),
-                harness_id=org.harnesses[-1],
-                capability_id=capability,
-                position=position,
-                created_at=org.begun,
+            self._add_principal(
+                "agent_identity", self._dice.uuid(self._founded), user_id, principal_id
             )
 
-
-def _close_budgets(load: _Load, org: _Organization, until: datetime) -> None:
-    for budget in org.budgets:
-        balance = budget.limit - budget.spent
-        load.add(
-            "budgets",
-            id=budget.id,
-            org_id=org.id,
-            subject_type=budget.subject_type,
-            subject_id=budget.subject_id,
-            currency="usd",
-            limit=budget.limit,
-            balance=balance,
-            status="active" if balance > 0 else "exhausted",
-            created_at=org.begun,
-            updated_at=until,
+    def _add_principal(
+        self, kind: str, subject_id: str | None, user_id: str | None, parent: str | None = None
+    ) -> str:
+        principal_id = self._add(
+            "principals",
+            public_id=self._dice.public_id("principal"),
+            kind=kind,
+            subject_id=subject_id,
+            parent_principal_id=parent,
+            resolved_user_id=user_id,
         )
+        self.owners.append((principal_id, user_id))
+        return principal_id
+
+    def _add_capabilities(self) -> None:
+        for kind in _MCP_SERVERS:
+            name = f"{self._name.lower()}-{kind}"
+            server_id = self._add("mcp_servers", name=name, url=f"https://{name}.example/mcp")
+            self.capabilities[f"mcp:{server_id}"] = name
+        for name in _SKILLS:
+            skill_id = self._add(
+                "skills",
+                public_id=self._dice.public_id("skill"),
+                name=name,
+                description=f"How to deal with {name}.",
+                instructions="Read the checklist first.",
+            )
+            self.capabilities[f"skill:{skill_id}"] = name
+        for name, display_name in _DECLARATIVE.items():
+            self._add(
+                "declarative_capabilities",
+                public_id=self._dice.public_id("cap"),
+                name=name,
+                display_name=display_name,
+                description="Rules that every answer follows.",
+            )
+            self.capabilities[f"declarative:{name}"] = display_name or name
+
+    def _configure(self, kind: str, ids: list[str]) -> None:
+        """Three capabilities for each agent or harness."""
+        for owner_id in ids:
+            chosen = self._dice.sample(list(self.capabilities), 3)
+            for position, capability_id in enumerate(chosen):
+                self._load.add(
+                    f"{kind}_capabilities",
+                    id=self._dice.uuid(self._founded),
+                    capability_id=capability_id,
+                    position=position,
+                    created_at=self._founded,
+                    **{f"{kind}_id": owner_id},
+                )
+
+    def close_budgets(self, until: datetime) -> None:
+        """Write the budgets as the postings left them."""
+        for budget_id, (subject_type, subject_id) in self._budgets.items():
+            self._load.add(
+                "budgets",
+                id=budget_id,
+                org_id=self.id,
+                subject_type=subject_type,
+                subject_id=subject_id,
+                currency="usd",
+                limit=100_000,
+                balance=100_000 - self.spent[budget_id],
+                created_at=self._founded,
+                updated_at=until,
+            )
 
 
 def _session_starts(
@@ -478,8 +401,8 @@ def _session_starts(
 
     The n-th start lies in the n-th of equal slices of all activity, so nothing has to be sorted.
     """
-    hours = [since + timedelta(hours=hour) for hour in range(int((until - since).days * 24 - 1))]
-    activity = [_HOURS[hour.hour] * (_WEEKEND if hour.weekday() >= 5 else 1.0) for hour in hours]
+    hours = [since + timedelta(hours=hour) for hour in range((until - since).days * 24 - 1)]
+    activity = [_HOURS[hour.hour] * (_WEEKEND if hour.weekday() >= 5 else 1) for hour in hours]
     reached = list(accumulate(activity))
     for number in range(sessions):
         place = reached[-1] * (number + dice.random()) / sessions
@@ -491,56 +414,46 @@ def _session_starts(
 class _Session:
     """One session: its turns event by event, and at the end its own row with their sums."""
 
-    def __init__(
-        self,
-        load: _Load,
-        org: _Organization,
-        begun: datetime,
-        until: datetime,
-    ) -> None:
+    def __init__(self, load: _Load, org: _Organization, begun: datetime, until: datetime) -> None:
         self._load = load
         self._dice = dice = load.dice
         self._org = org
-        self._begun = begun
         self._until = until
-        self._now = begun
+        self._begun = self._now = begun
         self._id = dice.uuid(begun)
         self._principal_id, self._user_id = dice.choice(org.owners)
-        # Blueprints and bare API sessions know no agent.
         self._agent_id = dice.choice(org.agents) if dice.chance(0.93) else None
         self._harness_id = dice.choice(org.harnesses) if dice.chance(0.9) else None
         self._model = dice.choice(_MODELS)
         self._sequence = 0
         self._context = "{}"
+        self._turn_count = 0
+        self._tool_call_count = 0
         self._tokens = Counter[str]()
         self._cost = 0.0
-        self._turns = 0
-        self._tool_calls = 0
-        self._last_turn: tuple[str | None, datetime | None, int | None] = (None, None, None)
 
     def tell(self, events: int, projected_share: float) -> int:
         """Take turns, one at least, until there are so many events or more. Answers how many."""
         if self._dice.chance(0.2):
-            self._infer_in_background()
+            self._generate(None, is_told=False)
         while True:
-            self._take_turn(projected_share)
+            turn_end = self._take_turn(projected_share)
             if self._sequence >= events:
                 break
             self._pass_time(self._dice.expovariate(1 / 90_000))
             # Now and then somebody comes back the next day.
             if self._dice.chance(0.005) and self._now + timedelta(hours=20) < self._until:
                 self._pass_time(20 * 3_600_000)
-        self._close()
+        self._close(turn_end)
         return self._sequence
 
-    def _take_turn(self, projected_share: float) -> None:
+    def _take_turn(self, projected_share: float) -> str:
         dice = self._dice
         begun = self._now
         turn_id = dice.uuid(begun)
         self._context = _json({"turn_id": turn_id, "exec_id": dice.uuid(begun)})
         calls = dice.choice(_TOOL_CALLS_PER_TURN)
         reports_usage, is_guarded = dice.chance(0.4), dice.chance(0.05)
-        end = dice.choice(_TURN_ENDS)
 
         # As much besides as the share asks for: first the messages, then starts, then deltas.
         projected = calls + reports_usage + is_guarded + 1
@@ -565,16 +478,12 @@ class _Session:
         if is_guarded:
             replaced = {"guardrail_capability_id": dice.choice(_GUARDRAILS), "reason": "policy"}
             self._emit("output.message.replaced", replaced, after_ms=30)
-        self._pass_time(8)
-        ended = {
-            "turn_id": turn_id,
-            "iterations": calls + 1,
-            "duration_ms": _milliseconds(begun, self._now),
-            "usage": usage,
-        }
-        self._emit(f"turn.{end}", ended, after_ms=0)
-        self._turns += 1
-        self._last_turn = (end, self._now, self._sequence)
+        end = dice.choice(_TURN_ENDS)
+        duration_ms = (self._now - begun) // timedelta(milliseconds=1)
+        ended = {"turn_id": turn_id, "iterations": calls + 1, "duration_ms": duration_ms}
+        self._emit(f"turn.{end}", ended | {"usage": usage}, after_ms=0)
+        self._turn_count += 1
+        return end
 
     def _emit(self, event_type: str, data: dict[str, Any], *, after_ms: float) -> str:
         self._pass_time(after_ms)
@@ -603,14 +512,13 @@ class _Session:
     def _call_tool(self, *, is_told: bool) -> None:
         dice = self._dice
         tool, display_name, capability, usual_ms = dice.choice(_TOOLS)
-        call_id = f"call_{dice.getrandbits(64):016x}"
+        call = {"tool_call_id": f"call_{dice.getrandbits(64):016x}", "tool_name": tool}
         if is_told:
-            self._emit("tool.started", {"tool_call_id": call_id, "tool_name": tool}, after_ms=10)
+            self._emit("tool.started", call, after_ms=10)
         status = dice.choice(_TOOL_STATUSES)
         duration_ms = 30_000 if status == "timeout" else int(usual_ms * dice.uniform(0.4, 2.5)) + 1
         data: dict[str, Any] = {
-            "tool_call_id": call_id,
-            "tool_name": tool,
+            **call,
             "display_name": display_name,
             "success": status == "success",
             "duration_ms": duration_ms,
@@ -621,14 +529,13 @@ class _Session:
         if capability:
             data |= {"capability_id": capability, "capability_name": _BUILTIN[capability]}
         self._emit("tool.completed", data, after_ms=duration_ms)
-        self._tool_calls += 1
+        self._tool_call_count += 1
 
     def _usage_records(self) -> list[dict[str, Any]]:
         dice = self._dice
         records: list[dict[str, Any]] = []
-        for capability, name in dice.sample(
-            list(self._org.capabilities.items()), dice.randint(1, 4)
-        ):
+        capabilities = list(self._org.capabilities.items())
+        for capability, name in dice.sample(capabilities, dice.randint(1, 4)):
             kind = dice.choice(("resolved", "exposed", "exposed", "invoked"))
             record = {"capability_id": capability, "capability_name": name, "usage_kind": kind}
             if kind == "invoked":
@@ -637,8 +544,8 @@ class _Session:
             records.append(record)
         return records
 
-    def _generate(self, turn_id: str, *, is_told: bool) -> dict[str, int]:
-        """One answer of the model: its generation, its posting, perhaps its event; its tokens."""
+    def _generate(self, turn_id: str | None, *, is_told: bool) -> dict[str, int]:
+        """Infer, for a turn or in the background of no session (a title, say); the tokens."""
         dice = self._dice
         model, provider, in_price, out_price = self._model
         usage = {
@@ -648,70 +555,43 @@ class _Session:
             "cache_creation_tokens": dice.randint(0, 3_000),
         }
         duration_ms = usage["output_tokens"] * 12 + dice.randint(200, 900)
-        told = {"model": model, "duration_ms": duration_ms, "usage": usage}
+        event_id = None
         if is_told:
+            told = {"model": model, "duration_ms": duration_ms, "usage": usage}
             event_id = self._emit("llm.generation", told, after_ms=duration_ms)
         else:
-            event_id = None
             self._pass_time(duration_ms)
-        cost = usage["input_tokens"] * in_price + usage["output_tokens"] * out_price
-        cost = round((cost + usage["cache_read_tokens"] * in_price / 10) / 1e6, 6)
-        generation = self._add_generation(
-            self._id, turn_id, event_id, usage, duration_ms, (model, provider), cost
-        )
-        if dice.chance(0.5):  # the other half runs on the customer's own keys
-            self._post(generation, turn_id, usage, cost)
-        self._tokens.update(usage)
-        self._cost += cost
-        return usage
-
-    def _infer_in_background(self) -> None:
-        """A title, say: inference that belongs to no session."""
-        usage = {
-            "input_tokens": self._dice.randint(50, 400),
-            "output_tokens": self._dice.randint(5, 30),
-            "cache_read_tokens": 0,
-            "cache_creation_tokens": 0,
-        }
-        self._add_generation(None, None, None, usage, 400, _MODELS[-1][:2], 0.0001)
-
-    def _add_generation(
-        self,
-        session_id: str | None,
-        turn_id: str | None,
-        event_id: str | None,
-        usage: dict[str, int],
-        duration_ms: int,
-        model: tuple[str, str],
-        cost: float,
-    ) -> str:
-        generation_id = self._dice.uuid(self._now)
+        cost = (usage["input_tokens"] * in_price + usage["output_tokens"] * out_price) / 1e6
+        generation_id = dice.uuid(self._now)
         self._load.add(
             "llm_generations",
             id=generation_id,
             org_id=self._org.id,
-            session_id=session_id,
+            session_id=self._id if turn_id else None,
             turn_id=turn_id,
             event_id=event_id,
-            model=model[0],
-            provider=model[1],
+            model=model,
+            provider=provider,
             **usage,
             duration_ms=duration_ms,
-            finish_reason=self._dice.choice(("stop", "stop", "tool_calls", "length")),
+            finish_reason=dice.choice(_FINISH_REASONS),
             created_at=self._now,
             actual_cost_usd=cost,
-            estimated_cost_usd=cost,
         )
         self._load.enqueue("llm_generation", self._org.id, generation_id, generation_id, self._now)
-        return generation_id
+        if turn_id:
+            self._tokens.update(usage)
+            self._cost += cost
+            if dice.chance(0.5):  # the other half runs on the customer's own keys
+                self._post(generation_id, turn_id, usage, cost)
+        return usage
 
     def _post(self, generation_id: str, turn_id: str, usage: dict[str, int], cost: float) -> None:
         """Charge a budget; now and then somebody is given the money back."""
         dice = self._dice
-        budget = dice.choice(self._org.budgets)
-        is_credit = dice.chance(0.03)
-        amount = -cost if is_credit else cost
-        budget.spent += amount
+        amount, meter = (-cost, "credit") if dice.chance(0.03) else (cost, "llm_tokens")
+        budget_id = dice.choice(self._org.budgets)
+        self._org.spent[budget_id] += amount
         journal_id, ledger_id = dice.uuid(self._now), dice.uuid(self._now)
         whose: dict[str, Any] = {
             "org_id": self._org.id,
@@ -725,7 +605,7 @@ class _Session:
         self._load.add(
             "usage_journal",
             id=journal_id,
-            kind="credit" if is_credit else "llm_generation",
+            kind=meter,
             source_type="llm_generation",
             source_id=generation_id,
             turn_id=turn_id,
@@ -736,83 +616,68 @@ class _Session:
             "usage_ledger",
             id=ledger_id,
             journal_id=journal_id,
-            budget_id=budget.id,
+            budget_id=budget_id,
             currency="usd",
             amount=amount,
-            meter_source="credit" if is_credit else "llm_tokens",
+            meter_source=meter,
             ref_type="llm_generation",
             ref_id=generation_id,
             **whose,
         )
         self._load.enqueue("usage_ledger", self._org.id, ledger_id, ledger_id, self._now)
 
-    def _close(self) -> None:
+    def _close(self, turn_end: str) -> None:
         """Write the session as its events left it."""
         dice = self._dice
         is_finished = dice.chance(0.6)
-        status = "idle" if is_finished else dice.choice(("active", "idle", "paused"))
         # Events tell milliseconds, the platform's clock microseconds; now and then it is sharp.
         touched = self._now + timedelta(microseconds=dice.choice((0, 412, 250_333)))
         if dice.chance(0.1):
             touched = self._now.replace(microsecond=0) + timedelta(seconds=1)
         touched = min(touched, self._until)
-        last_turn_status, last_turn_at, last_turn_sequence = self._last_turn
         self._load.add(
             "sessions",
             id=self._id,
-            agent_id=self._agent_id,
             org_id=self._org.id,
             title=dice.choice(_REQUESTS),
             tags=dice.sample(("vip", "trial", "internal"), dice.randint(0, 2)),
-            status=status,
-            **{f"total_{kind}": count for kind, count in self._tokens.items()},
+            status="idle" if is_finished else dice.choice(("active", "idle", "paused")),
+            source=dice.choice(("chat", "chat", "api", "slack", "schedule", "webhook")),
+            capabilities=_json(self._configured()),
+            agent_id=self._agent_id,
+            harness_id=self._harness_id,
+            blueprint_id=dice.choice(_BLUEPRINTS) if dice.chance(0.15) else None,
+            app_id=dice.choice(self._org.apps) if dice.chance(0.4) else None,
+            workspace_id=dice.choice(self._org.workspaces),
+            owner_principal_id=self._principal_id,
+            resolved_owner_user_id=self._user_id,
             created_at=self._begun,
             updated_at=touched,
             started_at=self._begun if is_finished or dice.chance(0.8) else None,
             finished_at=touched if is_finished else None,
-            capabilities=_json(self._configured()),
-            harness_id=self._harness_id,
-            blueprint_id=dice.choice(_BLUEPRINTS) if dice.chance(0.15) else None,
-            owner_principal_id=self._principal_id,
-            resolved_owner_user_id=self._user_id,
-            app_id=dice.choice(self._org.apps) if dice.chance(0.4) else None,
-            workspace_id=dice.choice(self._org.workspaces),
-            turn_count=self._turns,
-            tool_call_count=self._tool_calls,
-            source=dice.choice(("chat", "chat", "api", "slack", "schedule", "webhook")),
-            last_turn_status=last_turn_status,
-            last_turn_at=last_turn_at,
-            last_turn_sequence=last_turn_sequence,
+            turn_count=self._turn_count,
+            tool_call_count=self._tool_call_count,
+            last_turn_status=turn_end,
+            last_turn_at=self._now,
+            last_turn_sequence=self._sequence,
+            **{f"total_{kind}": count for kind, count in self._tokens.items()},
             total_actual_cost_usd=self._cost,
-            total_estimated_cost_usd=self._cost,
             total_cost_usd=self._cost,
         )
-        version = _rfc3339(touched)
-        self._load.enqueue("session", self._org.id, self._id, version, touched)
+        self._load.enqueue("session", self._org.id, self._id, _rfc3339(touched), touched)
 
-    def _configured(self) -> list[str | dict[str, Any]]:
+    def _configured(self) -> list[str | dict[str, str]]:
         """The session's own capabilities, each in one of the two forms that clients send."""
         chosen = self._dice.sample(list(self._org.capabilities), self._dice.randint(0, 3))
-        return [
-            {"ref": capability, "config": {}} if self._dice.chance(0.5) else capability
-            for capability in chosen
-        ]
+        return [{"ref": item} if self._dice.chance(0.5) else item for item in chosen]
 
 
 def _json(value: Any) -> str:
     return to_json(value).decode()
 
 
-def _milliseconds(begun: datetime, ended: datetime) -> int:
-    return (ended - begun) // timedelta(milliseconds=1)
-
-
 def _rfc3339(at: datetime) -> str:
     """UTC with `Z` and as many fraction digits as it takes: 0, 3 or 6."""
-    if at.microsecond == 0:
-        precision = "seconds"
-    elif at.microsecond % 1000 == 0:
-        precision = "milliseconds"
-    else:
-        precision = "microseconds"
+    digits = 6 if at.microsecond % 1000 else 3 if at.microsecond else 0
+    precision = {0: "seconds", 3: "milliseconds", 6: "microseconds"}[digits]
     return at.isoformat(timespec=precision).replace("+00:00", "Z")
