@@ -66,6 +66,9 @@ class Projection:
         reports: it has the column `reported`.
         supersedes: which of the fact's rows one of its sources had, by the source's `org_id` and
             `source_id`: rows that it no longer has are removed.
+        key: the `source_key` of its row, over `source`: given if it makes at most one of a source,
+            so that the backfill can read the events once for all projections.
+        only: which sources it makes that row of, over `source`; all of them by default.
         tracks: columns by whose values a fact of a source that changes tells that it is stale.
     """
 
@@ -76,6 +79,8 @@ class Projection:
     rejects: bool = False
     reports: bool = False
     supersedes: LiteralString | None = None
+    key: LiteralString | None = None
+    only: LiteralString = "true"
     tracks: tuple[str, ...] = ()
 
     @cached_property
@@ -207,7 +212,11 @@ FACTS = (
             Column("cancelled_count", "bigint", "1 if it was cancelled."),
             Column("duration_ms", "bigint", "Duration in milliseconds; 0 if unknown."),
         ),
-        (Projection("tool_call", EVENT, ("tool.completed",), reports=True),),
+        (
+            Projection(
+                "tool_call", EVENT, ("tool.completed",), reports=True, key="'event:' || source.id"
+            ),
+        ),
     ),
     Fact(
         "fact_turn",
@@ -225,7 +234,11 @@ FACTS = (
         ),
         (
             Projection(
-                "turn", EVENT, ("turn.completed", "turn.failed", "turn.cancelled"), reports=True
+                "turn",
+                EVENT,
+                ("turn.completed", "turn.failed", "turn.cancelled"),
+                reports=True,
+                key="'event:' || source.id",
             ),
         ),
     ),
@@ -287,12 +300,25 @@ FACTS = (
         ),
         (
             Projection(
-                "capability_invoked", EVENT, ("tool.completed",), rejects=True, reports=True
+                "capability_invoked",
+                EVENT,
+                ("tool.completed",),
+                rejects=True,
+                reports=True,
+                key="'event:' || source.id || ':invoked'",
+                only="source.data ->> 'capability_id' IS NOT NULL",
             ),
             Projection(
                 "capability_reported", EVENT, ("capability.usage",), rejects=True, reports=True
             ),
-            Projection("capability_effect", EVENT, ("output.message.replaced",), rejects=True),
+            Projection(
+                "capability_effect",
+                EVENT,
+                ("output.message.replaced",),
+                rejects=True,
+                key="'event:' || source.id || ':effect_ran'",
+                only="source.data ->> 'guardrail_capability_id' IS NOT NULL",
+            ),
             Projection(
                 "capability_configured",
                 SESSION,
