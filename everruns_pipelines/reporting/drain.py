@@ -2,12 +2,14 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 import psycopg
 from psycopg import sql
 
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.postgres import Connection, PostgresResource, transaction
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.outbox import Claim, Outbox
@@ -22,6 +24,7 @@ from everruns_pipelines.reporting.projector import (
 _ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
 _RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 _TRIES = 5
+_PROJECTORS = 2
 _SELECTED = sql.SQL(
     "SELECT org_id, source_id FROM pg_temp.batch"
     " WHERE source_type = %(source_type)s AND source_id IS NOT NULL"
@@ -112,14 +115,103 @@ def drain(
     Raises:
         psycopg.Error: the database refused or went away. The batch at work is given back.
     """
-    claimed = 0
+    yield from _drain(connection, _Budget(batch_size, max_rows), max_attempts, org_id)
+
+
+def drain_in_parallel(
+    postgres: PostgresResource,
+    *,
+    org_id: int | None = None,
+    batch_size: int = 5000,
+    max_rows: int | None = None,
+) -> Generator[Drained]:
+    """Drain with several projectors at once, each on a connection of its own; see `drain`.
+
+    Most of the time goes into PostgreSQL's indexes, where one connection uses one processor.
+    Stopped in the middle, the projectors finish the batches that they are working on.
+    """
+    budget = _Budget(batch_size, max_rows)
+    done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
+
+    def project() -> None:
+        try:
+            with postgres.connect() as connection:
+                attempts = postgres.settings.reporting_max_attempts
+                for batch in _drain(connection, budget, attempts, org_id):
+                    done.put(batch)
+        except Exception as error:
+            budget.close()
+            done.put(error)
+        done.put(None)
+
+    projectors = [Thread(target=project, name=f"projector-{n}") for n in range(_PROJECTORS)]
+    for projector in projectors:
+        projector.start()
+    failures: list[Exception] = []
+    try:
+        for outcome in _until_all_ended(done, len(projectors)):
+            if isinstance(outcome, Exception):
+                failures.append(outcome)
+            else:
+                yield outcome
+    finally:
+        budget.close()
+        for projector in projectors:
+            projector.join()
+    if failures:
+        raise failures[0]
+
+
+def _until_all_ended(
+    done: "SimpleQueue[Drained | Exception | None]", projectors: int
+) -> Generator[Drained | Exception]:
+    while projectors:
+        outcome = done.get()
+        if outcome is None:
+            projectors -= 1
+        else:
+            yield outcome
+
+
+class _Budget:
+    """How many outbox rows may still be claimed, by several projectors."""
+
+    def __init__(self, batch_size: int, max_rows: int | None) -> None:
+        self._batch_size = batch_size
+        self._left = max_rows
+        self._lock = Lock()
+
+    def take(self) -> int:
+        """The size of the next batch; 0 if there is to be none."""
+        with self._lock:
+            if self._left is None:
+                return self._batch_size
+            size = min(self._batch_size, self._left)
+            self._left -= size
+            return size
+
+    def give_back(self, size: int) -> None:
+        """Return what was taken and not claimed."""
+        with self._lock:
+            if self._left is not None:
+                self._left += size
+
+    def close(self) -> None:
+        """Let no further batch begin."""
+        with self._lock:
+            self._batch_size = 0
+            self._left = 0
+
+
+def _drain(
+    connection: Connection, budget: _Budget, max_attempts: int, org_id: int | None
+) -> Generator[Drained]:
     with Outbox.opened(connection, max_attempts) as outbox:
-        while max_rows is None or claimed < max_rows:
-            size = batch_size if max_rows is None else min(batch_size, max_rows - claimed)
+        while size := budget.take():
             claim = outbox.claim(size, org_id)
+            budget.give_back(size - (claim.size if claim else 0))
             if claim is None:
                 return
-            claimed += claim.size
             try:
                 batch = _project(connection, outbox, claim)
             except BaseException:

@@ -77,12 +77,14 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
     connection.execute("DROP TABLE IF EXISTS pg_temp.selection")
     connection.execute(
         "CREATE TEMPORARY TABLE selection"
-        " (part integer, org_id bigint, source_id uuid) ON COMMIT DROP"
+        " (part integer, org_id bigint, source_id uuid, event_type text) ON COMMIT DROP"
     )
     staged = connection.execute(
         sql.SQL(
             "INSERT INTO pg_temp.selection"
-            " SELECT row_number() OVER (ORDER BY org_id, source_id), org_id, source_id"
+            " SELECT row_number() OVER (ORDER BY org_id, source_id), org_id, source_id,"
+            # Known here, each projection looks up the events of its own types only.
+            " (SELECT event_type FROM events WHERE id = source_id)"
             " FROM (SELECT DISTINCT org_id, source_id FROM ({}) AS rows) AS selected"
         ).format(rows),
         parameters,

@@ -1,6 +1,7 @@
 """SQL that follows from the catalog: the rows a fact must have, for any selection of sources."""
 
 from collections.abc import Iterable
+from typing import LiteralString
 
 from psycopg import sql
 
@@ -10,7 +11,7 @@ from everruns_pipelines.reporting.catalog import Column, Fact, Projection, Sourc
 STAGED = sql.SQL(
     "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
     " AND selection.org_id = {org_id}"
-    " AND selection.part BETWEEN %(first)s AND %(last)s"
+    " AND selection.part BETWEEN %(first)s AND %(last)s {of_types}"
 )
 EVERYTHING = sql.SQL("")
 
@@ -26,16 +27,18 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
             if source.org_from_session
             else ""
         ),
-        selection=selection.format(org_id=org_id),
-        where=_of_types(event_types),
+        selection=selection.format(
+            org_id=org_id, of_types=_of_types("AND selection.event_type", event_types)
+        ),
+        where=_of_types("WHERE source.event_type", event_types),
     )
 
 
-def _of_types(event_types: Iterable[str]) -> sql.Composable:
+def _of_types(column: LiteralString, event_types: Iterable[str]) -> sql.Composable:
     types = [sql.Literal(event_type) for event_type in event_types]
     if not types:
         return sql.SQL("")
-    return sql.SQL("WHERE source.event_type IN ({})").format(sql.SQL(", ").join(types))
+    return sql.SQL(column + " IN ({})").format(sql.SQL(", ").join(types))
 
 
 def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:

@@ -1,0 +1,219 @@
+"""What projecting costs: against a row-by-row projector, and against a bare INSERT ... SELECT.
+
+Also what a claim costs as the queue grows, and how much memory a run takes as the data grows.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from rich.console import Console
+from rich.table import Table
+
+from everruns_pipelines.embedded.sample_data import load_sample_data
+from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES, Fact, Projection, Source
+from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.drain import drain_in_parallel
+from everruns_pipelines.reporting.outbox import Outbox
+from everruns_pipelines.reporting.projector import projections_of
+from everruns_pipelines.reporting.query import EVERYTHING, projected_rows
+from everruns_pipelines.settings import Settings
+
+SOURCE_ROWS = 200_000
+ROW_BY_ROW_SAMPLE = 4_000
+CLAIM = 5_000
+MAX_ATTEMPTS = 12
+
+
+def main() -> None:
+    """Measure, and print the ratios beside their targets."""
+    table = Table("what", "measured", "ratio", "target", title="Projection")
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        for row in (*speed(home), *claims(home), *memory(home)):
+            table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def speed(home: Path) -> Generator[tuple[str, str, str, str]]:
+    with database(home, "sample") as connection:
+        sample = load_sample_data(
+            connection, events=SOURCE_ROWS, projected_share=0.8, enqueued_share=1.0
+        )
+        rows = sum(sample.sources.values())
+    with database(home, "row_by_row", like="sample") as connection:
+        seconds, _ = timed(lambda: project_row_by_row(connection, ROW_BY_ROW_SAMPLE))
+        row_by_row = ROW_BY_ROW_SAMPLE / seconds
+    with database(home, "set", like="sample"):
+        settings = Settings.from_environment(
+            {"EVERRUNS_POSTGRES_URL": embedded_postgres_url(home, "set")}
+        )
+        set_seconds, _ = timed(lambda: project(PostgresResource(settings)))
+    with database(home, "bare", like="sample") as connection:
+        bare_seconds, _ = timed(lambda: insert_bare(connection))
+    yield (
+        f"project {rows:,} source rows, against row by row",
+        f"{rows / set_seconds:,.0f} against {row_by_row:,.0f} rows/s",
+        f"{rows / set_seconds / row_by_row:.1f} x",
+        "at least 20 x",
+    )
+    yield (
+        "the same, against a bare INSERT ... SELECT",
+        f"{set_seconds:.1f} against {bare_seconds:.1f} s",
+        f"{set_seconds / bare_seconds:.2f} x",
+        "at most 2 x",
+    )
+
+
+def claims(home: Path) -> Generator[tuple[str, str, str, str]]:
+    seconds: dict[int, float] = {}
+    for pending in (10_000, 1_000_000):
+        with database(home, f"claims_{pending}") as connection:
+            load_sample_data(connection, events=1_000, enqueued_share=0.0)
+            connection.execute(
+                "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason)"
+                " SELECT 1 + n % 3, 'event', uuidv7()::text, 'event_projection'"
+                " FROM generate_series(1, %s) AS n",
+                [pending],
+            )
+            connection.execute("VACUUM ANALYZE reporting_outbox")
+            with Outbox.opened(connection, MAX_ATTEMPTS) as outbox:
+                outbox.claim(CLAIM // 10)  # plans are made and pages read
+                seconds[pending], _ = timed(lambda outbox=outbox: outbox.claim(CLAIM))
+    few, many = seconds.values()
+    yield (
+        f"claim {CLAIM:,} of 1,000,000 pending, against of 10,000",
+        f"{many * 1000:.0f} against {few * 1000:.0f} ms",
+        f"{many / few:.2f} x",
+        "at most 1.5 x",
+    )
+
+
+def memory(home: Path) -> Generator[tuple[str, str, str, str]]:
+    peaks: dict[int, int] = {}
+    for events in (10_000, 1_000_000):
+        with database(home, f"memory_{events}") as connection:
+            load_sample_data(connection, events=events, projected_share=1.0, enqueued_share=1.0)
+        url = embedded_postgres_url(home, f"memory_{events}")
+        answer = subprocess.run(
+            [sys.executable, "-c", "import benchmarks.projection as b; b.print_peak()", url],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        peaks[events] = int(answer.stdout)
+    few, many = peaks.values()
+    yield (
+        "peak memory projecting 1,000,000 events, against 10,000",
+        f"{many / 1024:.0f} against {few / 1024:.0f} MiB",
+        f"{many / few:.2f} x",
+        "at most 1.2 x",
+    )
+
+
+def print_peak() -> None:
+    """Project everything due in the database of the first argument; print the peak in KiB."""
+    settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": sys.argv[1]})
+    project(PostgresResource(settings))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def project(postgres: PostgresResource) -> None:
+    for _ in drain_in_parallel(postgres):
+        pass
+
+
+def insert_bare(connection: Connection) -> None:
+    """Fill the empty fact tables with the same rows, and do nothing else."""
+    for fact in FACTS:
+        columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in fact.columns)
+        for projection in fact.projections:
+            connection.execute(
+                sql.SQL(
+                    "INSERT INTO {} ({}) SELECT {} FROM ({}) AS row WHERE rejected IS NULL"
+                ).format(
+                    sql.Identifier(fact.table),
+                    columns,
+                    columns,
+                    projected_rows(fact, projection, EVERYTHING),
+                )
+            )
+
+
+def project_row_by_row(connection: Connection, rows: int) -> None:
+    """Project as an application does it: one row, one statement, one transaction at a time."""
+    types = {source.type: source for source in SOURCES}
+    upserts = {source.type: _upserts(source) for source in SOURCES}
+    claimed = connection.execute(
+        "UPDATE reporting_outbox SET status = 'processing', attempts = attempts + 1,"
+        " claimed_at = now() WHERE id IN (SELECT id FROM reporting_outbox"
+        " WHERE status = 'pending' ORDER BY next_attempt_at LIMIT %s FOR UPDATE SKIP LOCKED)"
+        " RETURNING id, source_type, source_id",
+        [rows],
+    ).fetchall()
+    for outbox_id, source_type, source_id in claimed:
+        event_type = None
+        if types[source_type] is EVENT:
+            row = connection.execute("SELECT event_type FROM events WHERE id = %s", [source_id])
+            event_type = (row.fetchone() or [None])[0]
+        for projection, upsert in upserts[source_type]:
+            if event_type is None or event_type in projection.event_types:
+                connection.execute(upsert, {"id": source_id})
+        connection.execute(
+            "UPDATE reporting_outbox SET status = 'completed' WHERE id = %s", [outbox_id]
+        )
+
+
+_ONE = sql.SQL("JOIN (VALUES (%(id)s::uuid)) AS one (id) ON one.id = source.id")
+
+
+def _upserts(source: Source) -> list[tuple[Projection, str]]:
+    return [(projection, _upsert(fact, projection)) for fact, projection in projections_of(source)]
+
+
+def _upsert(fact: Fact, projection: Projection) -> str:
+    columns = [sql.Identifier(column.name) for column in fact.columns]
+    return (
+        sql.SQL(
+            "INSERT INTO {} ({}) SELECT {} FROM ({}) AS row WHERE rejected IS NULL"
+            " ON CONFLICT (org_id, source_key) DO UPDATE SET {}, projected_at = now()"
+        )
+        .format(
+            sql.Identifier(fact.table),
+            sql.SQL(", ").join(columns),
+            sql.SQL(", ").join(columns),
+            projected_rows(fact, projection, _ONE),
+            sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(name) for name in columns),
+        )
+        .as_string()
+    )
+
+
+def timed(run: Callable[[], object]) -> tuple[float, object]:
+    started = time.perf_counter()
+    result = run()
+    return time.perf_counter() - started, result
+
+
+@contextmanager
+def database(home: Path, name: str, like: str = "everruns") -> Generator[Connection]:
+    """A new database, a copy of another one."""
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                sql.Identifier(name), sql.Identifier(like)
+            )
+        )
+    url = embedded_postgres_url(home, name)
+    settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": url})
+    with PostgresResource(settings).connect() as connection:
+        prepare(connection)
+        yield connection
