@@ -187,8 +187,13 @@ class _Dice(Random):
 
     def uuid(self, at: datetime) -> str:
         """A UUIDv7: the time in ms, then chance."""
-        ms, tail = int(at.timestamp() * 1000), f"{self.getrandbits(72):018x}"
-        return f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{tail[:3]}-8{tail[3:6]}-{tail[6:]}"
+        ms = int(at.timestamp() * 1000)
+        return self.sibling(f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7")
+
+    def sibling(self, uuid: str) -> str:
+        """Another UUIDv7 of the same time."""
+        tail = f"{self.getrandbits(72):018x}"
+        return f"{uuid[:15]}{tail[:3]}-8{tail[3:6]}-{tail[6:]}"
 
     def public_id(self, prefix: str) -> str:
         return f"{prefix}_{self.getrandbits(128):032x}"
@@ -215,24 +220,23 @@ class _Load:
         self._batch[table].append(row)
 
     def enqueue(
-        self, source_type: str, org_id: int, source_id: str, version: str, at: datetime
+        self, source_type: str, org_id: int, source_id: str, at: str, version: str | None = None
     ) -> None:
         """What the application does on its hot path, and sometimes fails to do."""
         self.sources[source_type] += 1
         if not self.dice.chance(self._enqueued_share):
             return
-        text = str(at)
         self.add(
             "reporting_outbox",
-            id=self.dice.uuid(at),
+            id=self.dice.sibling(source_id),
             org_id=org_id,
             source_type=source_type,
             source_id=source_id,
-            source_version=version,
+            source_version=version or source_id,
             reason=_REASONS[source_type],
-            next_attempt_at=text,
-            created_at=text,
-            updated_at=text,
+            next_attempt_at=at,
+            created_at=at,
+            updated_at=at,
         )
 
     def copy_some(self) -> None:
@@ -420,6 +424,7 @@ class _Session:
         self._org = org
         self._until = until
         self._begun = self._now = begun
+        self._now_text = str(begun)
         self._id = dice.uuid(begun)
         self._principal_id, self._user_id = dice.choice(org.owners)
         self._agent_id = dice.choice(org.agents) if dice.chance(0.93) else None
@@ -489,7 +494,6 @@ class _Session:
         self._pass_time(after_ms)
         event_id = self._dice.uuid(self._now)
         self._sequence += 1
-        text = str(self._now)
         self._load.add(
             "events",
             id=event_id,
@@ -497,17 +501,18 @@ class _Session:
             sequence=self._sequence,
             event_type=event_type,
             data=_json(data),
-            ts=text,
+            ts=self._now_text,
             context=self._context,
-            created_at=text,
+            created_at=self._now_text,
         )
         if event_type in _PROJECTED_TYPES:
-            self._load.enqueue("event", self._org.id, event_id, event_id, self._now)
+            self._load.enqueue("event", self._org.id, event_id, self._now_text)
         return event_id
 
     def _pass_time(self, milliseconds: float) -> None:
         """Events tell whole milliseconds, and never the future."""
         self._now = min(self._now + timedelta(milliseconds=int(milliseconds)), self._until)
+        self._now_text = str(self._now)
 
     def _call_tool(self, *, is_told: bool) -> None:
         dice = self._dice
@@ -575,10 +580,10 @@ class _Session:
             **usage,
             duration_ms=duration_ms,
             finish_reason=dice.choice(_FINISH_REASONS),
-            created_at=self._now,
+            created_at=self._now_text,
             actual_cost_usd=cost,
         )
-        self._load.enqueue("llm_generation", self._org.id, generation_id, generation_id, self._now)
+        self._load.enqueue("llm_generation", self._org.id, generation_id, self._now_text)
         if turn_id:
             self._tokens.update(usage)
             self._cost += cost
@@ -592,7 +597,7 @@ class _Session:
         amount, meter = (-cost, "credit") if dice.chance(0.03) else (cost, "llm_tokens")
         budget_id = dice.choice(self._org.budgets)
         self._org.spent[budget_id] += amount
-        journal_id, ledger_id = dice.uuid(self._now), dice.uuid(self._now)
+        journal_id, ledger_id = dice.sibling(generation_id), dice.sibling(generation_id)
         whose: dict[str, Any] = {
             "org_id": self._org.id,
             "session_id": self._id,
@@ -600,7 +605,7 @@ class _Session:
             "principal_id": self._principal_id,
             "agent_id": self._agent_id,
             "harness_id": self._harness_id,
-            "created_at": self._now,
+            "created_at": self._now_text,
         }
         self._load.add(
             "usage_journal",
@@ -624,7 +629,7 @@ class _Session:
             ref_id=generation_id,
             **whose,
         )
-        self._load.enqueue("usage_ledger", self._org.id, ledger_id, ledger_id, self._now)
+        self._load.enqueue("usage_ledger", self._org.id, ledger_id, self._now_text)
 
     def _close(self, turn_end: str) -> None:
         """Write the session as its events left it."""
@@ -664,7 +669,8 @@ class _Session:
             total_actual_cost_usd=self._cost,
             total_cost_usd=self._cost,
         )
-        self._load.enqueue("session", self._org.id, self._id, _rfc3339(touched), touched)
+        version = _rfc3339(touched)
+        self._load.enqueue("session", self._org.id, self._id, version, version)
 
     def _configured(self) -> list[str | dict[str, str]]:
         """The session's own capabilities, each in one of the two forms that clients send."""
