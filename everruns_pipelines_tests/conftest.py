@@ -21,18 +21,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("everruns")
 
 
+@pytest.fixture(scope="session")
+def admin(home: Path) -> Iterator[Connection]:
+    """A superuser's connection to the server, which does not wait for the disk."""
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as connection:
+        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+            connection.execute(sql.SQL("ALTER SYSTEM SET {} = off").format(sql.Identifier(setting)))
+        connection.execute("SELECT pg_reload_conf()")
+        yield connection
+
+
 @pytest.fixture
-def postgres_url(home: Path) -> Iterator[str]:
+def postgres_url(home: Path, admin: Connection) -> Iterator[str]:
     """A fresh database with the platform's schema."""
     name = f"test_{next(_numbers)}"
-    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
-        admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE everruns STRATEGY FILE_COPY").format(
-                sql.Identifier(name)
-            )
+    admin.execute(
+        sql.SQL("CREATE DATABASE {} TEMPLATE everruns STRATEGY FILE_COPY").format(
+            sql.Identifier(name)
         )
-        yield embedded_postgres_url(home, name)
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    )
+    yield embedded_postgres_url(home, name)
+    admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
