@@ -98,7 +98,7 @@ def check(connection: Connection, request: BackfillRequest) -> None:
     if source_types is not None:
         allowed = [source.type for source in SOURCES]
         expected = f"null for all, or a list of some of {', '.join(allowed)}"
-        if isinstance(source_types, str) or not source_types:
+        if not isinstance(cast("object", source_types), list | tuple) or not source_types:
             raise _refused("source_types", expected, source_types)
         for source_type in source_types:
             if source_type not in allowed:

@@ -100,7 +100,10 @@ def _is_sliced(fact: Fact) -> bool:
 
 
 def _differing_slices(facts: Sequence[Fact], scope: sql.SQL) -> sql.Composed:
-    """Of every fact the sessions whose keys differ, and by what: the xor of the keys' hashes."""
+    """Of every fact the sessions whose keys differ, and by what: the xor of the keys' hashes.
+
+    By what is unknown, and NULL, where facts of the session stand under another organization.
+    """
     hashes = [_hashes_of_events(facts, scope)]
     for fact in facts:
         hashes.append(_hashes(facts, fact, _stored(fact, scope)))
@@ -111,14 +114,18 @@ def _differing_slices(facts: Sequence[Fact], scope: sql.SQL) -> sql.Composed:
         ]
     tables = [sql.Identifier(fact.table) for fact in facts]
     return sql.SQL(
-        "SELECT session.org_id, slice.session_id, of_fact.fact, of_fact.difference FROM ("
+        "SELECT org_id, session_id, fact, CASE WHEN is_of_one_org THEN difference END AS difference"
+        " FROM ("
+        "SELECT session.org_id, slice.*,"
+        " (first_org, last_org) IS NOT DISTINCT FROM (session.org_id, session.org_id)"
+        " OR first_org IS NULL AS is_of_one_org"
+        " FROM ("
         "SELECT session_id, min(org_id) AS first_org, max(org_id) AS last_org, {differences}"
         " FROM ({hashes}) AS hashes (org_id, session_id, {columns})"
         " GROUP BY session_id"
-        ") AS slice"
-        " JOIN sessions AS session ON session.id = slice.session_id"
-        " CROSS JOIN LATERAL (VALUES {rows}) AS of_fact (fact, difference)"
-        " WHERE difference <> 0 OR first_org <> session.org_id OR last_org <> session.org_id"
+        ") AS slice JOIN sessions AS session ON session.id = session_id"
+        ") AS slice CROSS JOIN LATERAL (VALUES {rows}) AS of_fact (fact, difference)"
+        " WHERE difference <> 0 OR NOT is_of_one_org"
     ).format(
         differences=sql.SQL(", ").join(
             sql.SQL("coalesce(bit_xor({0}), 0) AS {0}").format(table) for table in tables
@@ -203,8 +210,9 @@ def _suspects(fact: Fact, projections: Iterable[Projection]) -> sql.Composed:
     """
     return sql.SQL(
         "SELECT {name} AS fact, projection, org_id, source_key, created_at FROM ("
-        "SELECT expected.*, {hash} = difference AS is_difference,"
-        " bool_or({hash} = difference) OVER (PARTITION BY org_id, session_id) AS is_explained"
+        "SELECT expected.*, {hash} IS NOT DISTINCT FROM difference AS is_difference,"
+        " bool_or({hash} IS NOT DISTINCT FROM difference)"
+        " OVER (PARTITION BY org_id, session_id) AS is_explained"
         " FROM ({expected}) AS expected"
         " JOIN pg_temp.slices AS slice USING (org_id, session_id)"
         " WHERE slice.fact = {name}"
