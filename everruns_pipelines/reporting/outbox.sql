@@ -1,9 +1,9 @@
 -- Every statement of the outbox's life, by name: the queue can be read here without reading Python.
 
 -- name: return_lost
--- Rows of projectors that died are pending again, and parked if their attempts are used up. One of
--- ours holds an advisory lock while it lives, so its death shows at once; a foreign one is taken
--- for dead after 15 minutes.
+-- Rows of projectors that died are pending again, and parked if their attempts are used up, unless
+-- they have been enqueued again since. One of ours holds an advisory lock while it lives, so its
+-- death shows at once; a foreign one is taken for dead after 15 minutes.
 WITH abandoned AS (
     DELETE FROM everruns_pipelines.outbox_claims
     WHERE claimed_at IN (
@@ -22,7 +22,9 @@ SET status = CASE WHEN is_last THEN 'failed' ELSE 'pending' END,
     END,
     updated_at = now()
 FROM (
-    SELECT id AS lost_id, attempts >= %(max_attempts)s AS is_last
+    SELECT
+        id AS lost_id,
+        attempts >= %(max_attempts)s AND next_attempt_at <= claimed_at AS is_last
     FROM reporting_outbox
     WHERE status = 'processing'
         AND (
@@ -153,7 +155,9 @@ WITH finished AS (
         updated_at = now()
     FROM pg_temp.batch
     WHERE outbox.id = batch.id
-        AND outbox.status = 'processing'
+        -- Looked up by id. By `=` the index on status may be read for every row of the batch: its
+        -- statistics know of no processing rows.
+        AND outbox.status IS NOT DISTINCT FROM 'processing'
         AND outbox.claimed_at = %(claimed_at)s
     RETURNING outbox.status, outbox.next_attempt_at
 )
