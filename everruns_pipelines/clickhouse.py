@@ -116,27 +116,37 @@ class ClickHouseResource:
     settings: Settings
 
     @contextmanager
-    def connect(self, log: Log = _tell) -> Generator[ClickHouse]:
+    def connect(
+        self, log: Log = _tell, *, patience: float = DIRECTORY_TIMEOUT
+    ) -> Generator[ClickHouse]:
         """An open connection. For chDB the directory is ours, and nobody else's, until the end.
 
         Args:
             log: told when another process has the directory and we wait.
+            patience: how long we wait for it, in seconds.
 
         Raises:
             ClickHouseFailure: the server cannot be reached.
-            Refusal: it does not let us in, or the directory stayed taken for `DIRECTORY_TIMEOUT`.
+            Refusal: it does not let us in, or the directory stayed taken for too long.
         """
         dsn = self.settings.clickhouse_dsn
         if dsn is not None and not dsn.get_secret_value().startswith("chdb:"):
             with _connected(_server_client(dsn.get_secret_value())) as clickhouse:
                 yield clickhouse
             return
-        with _engine_client(self.directory, log) as client, _connected(client) as clickhouse:
+        with (
+            _engine_client(self.directory, log, patience) as client,
+            _connected(client) as clickhouse,
+        ):
             if dsn is None:
                 from everruns_pipelines.embedded.clickhouse import ensure_span_tables
 
                 ensure_span_tables(client)
             yield clickhouse
+
+    def is_there(self) -> bool:
+        """False while the embedded chDB has never been used: then there are no spans."""
+        return self.settings.clickhouse_dsn is not None or self.directory.exists()
 
     @property
     def directory(self) -> Path:
@@ -186,11 +196,11 @@ def _server_client(dsn: str) -> Client:
 
 
 @contextmanager
-def _engine_client(directory: Path, log: Log) -> Generator[Client]:
+def _engine_client(directory: Path, log: Log, patience: float) -> Generator[Client]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
         directory.with_name(directory.name + ".lock").open("w") as lock,
-        _sole_use(directory, lock, log),
+        _sole_use(directory, lock, log, patience),
     ):
         with _failures():
             client = _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
@@ -207,19 +217,19 @@ def _client(**options: Any) -> Client:
 
 
 @contextmanager
-def _sole_use(directory: Path, lock: IO[str], log: Log) -> Generator[None]:
+def _sole_use(directory: Path, lock: IO[str], log: Log, patience: float) -> Generator[None]:
     """Wait until no thread of this process uses chDB, and no other process this directory."""
-    deadline = time.monotonic() + DIRECTORY_TIMEOUT
+    deadline = time.monotonic() + patience
     busy = f"another run is reading the embedded ClickHouse in {directory}"
     if not _engine.acquire(blocking=False):
         log(f"Waiting: {busy}")
-        if not _engine.acquire(timeout=DIRECTORY_TIMEOUT):
-            raise _still_busy(busy)
+        if not _engine.acquire(timeout=patience):
+            raise _still_busy(busy, patience)
     try:
         told = False
         while not _locked(lock):
             if time.monotonic() > deadline:
-                raise _still_busy(busy)
+                raise _still_busy(busy, patience)
             if not told:
                 log(f"Waiting: {busy}")
                 told = True
@@ -237,9 +247,9 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _still_busy(busy: str) -> Refusal:
+def _still_busy(busy: str, patience: float) -> Refusal:
     return Refusal(
-        f"{busy}, for {DIRECTORY_TIMEOUT:g} s now. Let it finish, or end it, and try again",
+        f"{busy}, for {patience:g} s now. Let it finish, or end it, and try again",
         code="locked",
         status=409,
     )

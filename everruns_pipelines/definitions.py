@@ -4,10 +4,27 @@ import warnings
 
 import dagster as dg
 
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.housekeeping import housekeeping, housekeeping_schedule
+from everruns_pipelines.items.assets import item_assets
+from everruns_pipelines.items.automation import (
+    item_failures_sensor,
+    item_schedules,
+    materialize_items,
+)
+from everruns_pipelines.items.jobs import rebuild_items
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
+from everruns_pipelines.reporting.automation import (
+    materialize_reporting,
+    reporting_outbox_sensor,
+    reporting_schedules,
+)
 from everruns_pipelines.reporting.jobs import backfill_reporting, project_reporting
 from everruns_pipelines.settings import Settings
+
+# Dagster hands its sensors a young parameter when it resolves them; nobody here gives one.
+warnings.filterwarnings("ignore", ".*owners.*SensorDefinition", dg.BetaWarning)
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -18,12 +35,27 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         warnings.simplefilter("ignore", dg.PreviewWarning)
         assets = fact_assets(settings)
         checks = fact_checks(settings)
+        items = item_assets(settings)
     return dg.Definitions(
-        assets=[*source_assets(), *assets],
-        asset_checks=checks,
-        jobs=[backfill_reporting, project_reporting],
+        assets=[*source_assets(), *assets, items.asset],
+        asset_checks=[*checks, items.checks],
+        jobs=[
+            backfill_reporting,
+            project_reporting,
+            materialize_reporting,
+            rebuild_items,
+            materialize_items,
+            housekeeping,
+        ],
+        sensors=[reporting_outbox_sensor, item_failures_sensor],
+        schedules=[
+            *reporting_schedules(settings),
+            *item_schedules(settings),
+            housekeeping_schedule(settings),
+        ],
         resources={
             "postgres": PostgresResource(settings),
+            "clickhouse": ClickHouseResource(settings),
             # Between the ops of a run nothing needs to be kept on disk.
             "mem_io_manager": dg.mem_io_manager,
         },

@@ -9,6 +9,9 @@ import psycopg
 
 from everruns_pipelines.errors import Refusal
 
+# For work that may be done again from the start: a database that restarts is back by then.
+RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
+
 
 @contextmanager
 def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[None]:
@@ -18,7 +21,7 @@ def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[
         rendered: the form in which the API that the op stands for renders a refusal.
 
     Raises:
-        dg.Failure: without retries for a refusal, since it would be refused again.
+        dg.Failure: without retries for a refusal that would be repeated.
     """
     try:
         yield
@@ -26,7 +29,7 @@ def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[
         raise dg.Failure(
             refusal.detail,
             metadata={"error": dg.MetadataValue.json(dict(rendered(refusal)))},
-            allow_retries=False,
+            allow_retries=refusal.code == "unavailable",
         ) from refusal
     except psycopg.Error as error:
         # The DETAIL and CONTEXT of a server's message quote rows. They are left out, and so is the

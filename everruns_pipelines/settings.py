@@ -25,6 +25,9 @@ _POSTGRES_URL = "postgresql://user:password@host:port/database"
 _CLICKHOUSE_DSN = "clickhouse[s]://user:password@host:port/database, or chdb:///path"
 _SPANS_TABLE = "a table name, optionally with its database: otel_traces or otel.otel_traces"
 
+WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
+_TIME = "([01][0-9]|2[0-3]):[0-5][0-9]"
+
 
 def _with_scheme(*schemes: str) -> AfterValidator:
     def check(value: SecretStr) -> SecretStr:
@@ -94,6 +97,38 @@ class Settings(BaseModel):
     )
     dagster_postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = (
         Field(None, alias="EVERRUNS_DAGSTER_POSTGRES_URL", description=_POSTGRES_URL)
+    )
+    nightly_at: str = Field(
+        "00:30",
+        alias="EVERRUNS_NIGHTLY_AT",
+        pattern=rf"^{_TIME}$",
+        description="a UTC time of day, HH:MM",
+    )
+    weekly_at: str = Field(
+        "Sun 02:00",
+        alias="EVERRUNS_WEEKLY_AT",
+        pattern=rf"^({'|'.join(WEEKDAYS)}) {_TIME}$",
+        description="a weekday and a UTC time of day, such as Sun 02:00",
+    )
+    purge_at: str = Field(
+        "04:00",
+        alias="EVERRUNS_PURGE_AT",
+        pattern=rf"^{_TIME}$",
+        description="a UTC time of day, HH:MM",
+    )
+    outbox_keep_days: int = Field(
+        14,
+        alias="EVERRUNS_OUTBOX_KEEP_DAYS",
+        ge=1,
+        le=3650,
+        description="a whole number of days from 1 to 3650",
+    )
+    runs_keep_days: int = Field(
+        30,
+        alias="EVERRUNS_RUNS_KEEP_DAYS",
+        ge=1,
+        le=3650,
+        description="a whole number of days from 1 to 3650",
     )
 
     @classmethod

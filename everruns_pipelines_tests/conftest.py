@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from dagster import DagsterInstance
 from psycopg import sql
 
 from everruns_pipelines.embedded.servers import embedded_postgres_url
@@ -60,3 +61,10 @@ def postgres(settings: Settings) -> PostgresResource:
 def connection(postgres: PostgresResource) -> Iterator[Connection]:
     with postgres.connect() as connection:
         yield connection
+
+
+@pytest.fixture
+def instance() -> Iterator[DagsterInstance]:
+    """Dagster's runs and events, in memory."""
+    with DagsterInstance.ephemeral() as instance:  # pyright: ignore[reportUnknownMemberType]
+        yield instance

@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.failures import told_plainly
+from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Fact
@@ -26,6 +26,7 @@ from everruns_pipelines.reporting.reconcile import (
     stage_days,
 )
 from everruns_pipelines.settings import Settings
+from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
 
 OWNERS = ["team:everruns"]
 _CHECKS = {
@@ -84,6 +85,11 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
+        pool="postgres",
+        retry_policy=RETRIES,
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=FAILED_AFTER, warn_window=STALE_AFTER
+        ),
         metadata={
             "dagster/column_schema": dg.TableSchema(
                 [
@@ -161,6 +167,7 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
             for name, description in _CHECKS.items()
         ],
         can_subset=True,
+        pool="postgres",
     )
     def check(
         context: dg.AssetCheckExecutionContext, postgres: dg.ResourceParam[PostgresResource]

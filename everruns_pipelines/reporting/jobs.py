@@ -10,12 +10,15 @@ import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.failures import told_plainly
+from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.drain import LARGEST_BATCH, Drained, check, drain
+from everruns_pipelines.reporting.drain import LARGEST_BATCH, Drained, check, drain_in_parallel
+
+# On runs that project what is due, so that they can be found.
+DRAINS = {"everruns/drains": "reporting_outbox"}
 
 
 class EnqueueConfig(dg.Config):
@@ -50,6 +53,8 @@ class ProjectConfig(dg.Config):
         "result": dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
         "drain": dg.Out(dg.Nothing, is_required=False),
     },
+    pool="postgres",
+    retry_policy=RETRIES,
 )
 def enqueue_op(
     context: dg.OpExecutionContext,
@@ -74,6 +79,8 @@ def enqueue_op(
     name="project",
     ins={"after": dg.In(dg.Nothing)},
     out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+    # Not tried again: its counts would be those of the last attempt. What is due stays due.
+    pool="postgres",
 )
 def project_op(
     context: dg.OpExecutionContext,
@@ -91,9 +98,8 @@ def project_op(
         )
         drained = Drained()
         try:
-            for batch in drain(
-                connection,
-                max_attempts=postgres.settings.reporting_max_attempts,
+            for batch in drain_in_parallel(
+                postgres,
                 org_id=config.org_id,
                 batch_size=config.batch_size,
                 max_rows=config.max_rows,
@@ -129,14 +135,14 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained:
             )
 
 
-@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+@dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def backfill_reporting() -> None:
     """Enqueue what is missing, up to a limit, and project it while you watch."""
     _, after = enqueue_op()
     project_op(after)
 
 
-@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+@dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def project_reporting() -> None:
     """Project what is due in the outbox."""
     project_op()

@@ -1,0 +1,243 @@
+"""The outbox sensor and reporting's schedules, with their contexts and an instance in memory."""
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import dagster as dg
+import psycopg
+import pytest
+from dagster import DagsterInstance
+
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.reporting.automation import SENSOR, reporting_outbox_sensor
+from everruns_pipelines.reporting.jobs import DRAINS
+from everruns_pipelines.settings import Settings
+from everruns_pipelines.timetable import BackOff
+
+
+@pytest.fixture
+def org(connection: Connection) -> int:
+    row = connection.execute(
+        "INSERT INTO organizations (public_id, name)"
+        " VALUES ('org_' || repeat('0', 32), 'Northwind') RETURNING org_id"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def enqueue(connection: Connection, org: int, status: str, due: str, **columns: Any) -> None:
+    connection.execute(
+        "INSERT INTO reporting_outbox"
+        " (org_id, source_type, source_id, reason, status, next_attempt_at, claimed_at)"
+        " VALUES (%s, 'event', gen_random_uuid(), 'event_projection', %s, now() + %s::interval,"
+        " now() + %s::interval)",
+        [org, status, due, columns.get("claimed")],
+    )
+
+
+def tick(
+    instance: DagsterInstance, postgres: PostgresResource, cursor: str | None = None
+) -> dg.SensorResult:
+    with dg.build_sensor_context(
+        instance=instance, cursor=cursor, resources={"postgres": postgres}
+    ) as context:
+        return cast("dg.SensorResult", reporting_outbox_sensor(context))
+
+
+def said(result: dg.SensorResult) -> str:
+    assert not result.run_requests
+    skip_reason = result.skip_reason
+    assert skip_reason is not None
+    return str(skip_reason.skip_message)
+
+
+def test_nothing_is_launched_while_nothing_is_due(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "completed", "-1 day")
+    enqueue(connection, org, "failed", "infinity")
+    enqueue(connection, org, "processing", "-1 hour", claimed="-1 minute")
+    reason = said(tick(instance, postgres))
+    assert reason == "Nothing is due. No failed row waits for another attempt"
+
+
+def test_the_skip_reason_says_when_the_next_row_is_due(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "failed", "1 hour")
+    assert re.search(r"will be tried again at \d{4}-\d\d-\d\d", said(tick(instance, postgres)))
+
+
+@pytest.mark.parametrize(
+    ("status", "claimed"), [("pending", None), ("failed", None), ("processing", "-16 minutes")]
+)
+def test_a_due_row_launches_one_run(
+    instance: DagsterInstance,
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    status: str,
+    claimed: str | None,
+) -> None:
+    enqueue(connection, org, status, "-1 minute", claimed=claimed)
+    result = tick(instance, postgres)
+    assert len(result.run_requests or []) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [
+        ({}, True),
+        ({"ops": {"project": {"config": {"org_id": None}}}}, True),
+        ({"ops": {"project": {"config": {"org_id": 7}}}}, False),
+    ],
+)
+def test_one_run_at_a_time_projects_all_organizations(
+    instance: DagsterInstance,
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    config: dict[str, Any],
+    waits: bool,
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    instance.add_run(_run(dg.DagsterRunStatus.STARTED, DRAINS, config))
+    result = tick(instance, postgres)
+    if waits:
+        assert re.search(r"Due: 1 pending.*Run \S+ of project_reporting is at work", said(result))
+    else:
+        assert len(result.run_requests or []) == 1
+
+
+def test_it_waits_longer_after_each_run_that_fails(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    for _ in range(3):
+        _fail_a_run(instance)
+    assert "The last 3 runs failed: launching again at" in said(tick(instance, postgres))
+
+
+def test_a_success_ends_the_waiting(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    _fail_a_run(instance)
+    instance.add_run(_run(dg.DagsterRunStatus.SUCCESS, {"dagster/sensor_name": SENSOR}, {}))
+    assert tick(instance, postgres).run_requests
+
+
+def test_it_backs_off_while_the_database_is_away(instance: DagsterInstance) -> None:
+    away = PostgresResource(
+        Settings.from_environment(
+            {"EVERRUNS_POSTGRES_URL": "postgresql://me:secret@127.0.0.1:1/nowhere"}
+        )
+    )
+    first = tick(instance, away)
+    assert "PostgreSQL cannot be used" in said(first)
+    assert "secret" not in said(first)
+    second = tick(instance, away, first.cursor)
+    assert "The database was away 1 times in a row: trying again at" in said(second)
+    assert BackOff.read(second.cursor) == BackOff.read(first.cursor)
+    third = tick(instance, away, BackOff(1, time.time() - 1).write())
+    assert BackOff.read(third.cursor).failures == 2
+
+
+def test_it_goes_on_once_the_database_is_back(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    result = tick(instance, postgres, BackOff(5, time.time() - 1).write())
+    assert result.run_requests
+    assert BackOff.read(result.cursor) == BackOff()
+
+
+def test_a_cursor_of_another_version_is_forgotten(
+    instance: DagsterInstance, postgres: PostgresResource
+) -> None:
+    assert "Nothing is due" in said(tick(instance, postgres, "what is this?"))
+    assert "Nothing is due" in said(tick(instance, postgres, '{"another": 1}'))
+
+
+def test_a_tick_is_one_query_that_reads_no_table(postgres_url: str, connection: Connection) -> None:
+    from everruns_pipelines.reporting import watch
+
+    # Small tables are read whole whatever the indexes, so that is forbidden here.
+    with psycopg.connect(postgres_url, options="-c enable_seqscan=off") as planning:
+        query = vars(watch)["_DUE"]
+        plan = "\n".join(
+            str(line) for (line,) in planning.execute(f"EXPLAIN {query}".encode(), {"most": 1000})
+        )
+    assert "Seq Scan" not in plan
+    assert plan.count("status_next_attempt_at") >= 6
+
+
+@pytest.mark.parametrize(("name", "days"), [("nightly_reporting", 2), ("weekly_reporting", 90)])
+def test_a_schedule_covers_its_days_in_one_run(settings: Settings, name: str, days: int) -> None:
+    defs = build_definitions(settings.model_copy(update={"reporting_start": _day("2026-01-01")}))
+    schedule = defs.get_repository_def().get_schedule_def(name)
+    with dg.build_schedule_context(
+        scheduled_execution_time=datetime(2026, 6, 30, 23, 59, tzinfo=UTC),
+        repository_def=defs.get_repository_def(),
+    ) as context:
+        [request] = schedule.evaluate_tick(context).run_requests or []
+    assert request.tags["dagster/asset_partition_range_start"] == str(
+        _day("2026-06-30") - timedelta(days=days - 1)
+    )
+    assert request.tags["dagster/asset_partition_range_end"] == "2026-06-30"
+
+
+def test_a_schedule_does_not_reach_before_the_first_partition(settings: Settings) -> None:
+    defs = build_definitions(settings.model_copy(update={"reporting_start": _day("2026-06-20")}))
+    schedule = defs.get_repository_def().get_schedule_def("weekly_reporting")
+    with dg.build_schedule_context(
+        scheduled_execution_time=datetime(2026, 6, 30, 2, tzinfo=UTC),
+        repository_def=defs.get_repository_def(),
+    ) as context:
+        [request] = schedule.evaluate_tick(context).run_requests or []
+    assert request.tags["dagster/asset_partition_range_start"] == "2026-06-20"
+
+
+def test_the_environment_says_when_schedules_run(settings: Settings) -> None:
+    changed = settings.model_copy(update={"nightly_at": "23:05", "weekly_at": "Sat 01:00"})
+    repository = build_definitions(changed).get_repository_def()
+    assert repository.get_schedule_def("nightly_reporting").cron_schedule == "5 23 * * *"
+    assert repository.get_schedule_def("weekly_reporting").cron_schedule == "0 1 * * 6"
+
+
+def test_the_run_of_a_schedule_materializes_and_checks_every_fact(
+    instance: DagsterInstance, settings: Settings
+) -> None:
+    job = build_definitions(settings).resolve_job_def("materialize_reporting")
+    today = datetime.now(UTC).date()
+    yesterday = today - timedelta(days=1)
+    result = job.execute_in_process(
+        instance=instance,
+        tags={
+            "dagster/asset_partition_range_start": str(yesterday),
+            "dagster/asset_partition_range_end": str(today),
+        },
+    )
+    assert result.success
+    events = result.get_asset_materialization_events()
+    assert len({event.asset_key for event in events}) == 6
+    assert {event.partition for event in events} == {str(yesterday), str(today)}
+    assert len(result.get_asset_check_evaluations()) == 18
+
+
+def _day(text: str) -> Any:
+    return datetime.fromisoformat(text).date()
+
+
+def _run(
+    status: dg.DagsterRunStatus, tags: dict[str, str], run_config: dict[str, Any]
+) -> dg.DagsterRun:
+    return dg.DagsterRun("project_reporting", status=status, tags=tags, run_config=run_config)
+
+
+def _fail_a_run(instance: DagsterInstance) -> None:
+    run = instance.add_run(_run(dg.DagsterRunStatus.STARTED, {"dagster/sensor_name": SENSOR}, {}))
+    instance.report_run_failed(run)
