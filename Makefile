@@ -15,8 +15,8 @@ install: $(INSTALLED) ## environment in .venv, from the lock
 $(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-hashes -r requirements.lock
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --no-build-isolation --editable .
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --no-deps --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: install ## the main job end to end on embedded databases, with sample data
@@ -37,7 +37,7 @@ dev: install ## Dagster's UI on http://127.0.0.1:3000
 	$(BIN)/everruns-pipelines dev
 
 lock: install ## renew the lock from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --all-extras --group dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --all-extras --group dev pyproject.toml -o requirements.lock
 
 clean: ## remove the environment and the embedded databases
 	rm -rf $(VENV) .everruns
