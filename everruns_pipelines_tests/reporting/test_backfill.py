@@ -390,6 +390,7 @@ def test_a_backfill_of_one_organization_enqueues_nothing_of_others(world: Connec
 
 @pytest.mark.parametrize("source_type", EVERY_TYPE)
 def test_only_the_chosen_source_types_are_enqueued(world: Connection, source_type: str) -> None:
+    assert _backfill(world, source_types=[source_type]) == NOTHING
     for table, where, _ in LOSSES:
         _lose(world, table, 2, where)
     in_all = _backfill(world, dry_run=True)

@@ -1,0 +1,206 @@
+"""What a backfill costs at a million events, against the naive form, and as more is missing.
+
+The naive form looks every expected key up, table after table, at the server's default settings. All
+is measured in turn, several times, and the best of each counts: the machine has other things to do.
+"""
+
+import tempfile
+import time
+from collections.abc import Generator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+from psycopg import sql
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.projection import database, insert_bare
+from everruns_pipelines.embedded.sample_data import load_sample_data
+from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.settings import Settings
+
+EVENTS = 1_000_000
+ROUNDS = 5
+# Of what is missing, in hundredths: the fact, and which of its rows.
+LOSSES: tuple[tuple[str, LiteralString, int], ...] = (
+    ("fact_tool_call", "true", 55),
+    ("fact_turn", "true", 14),
+    ("fact_capability_usage", "source_key LIKE '%%:capability_usage:1'", 7),
+    ("fact_capability_usage", "source_key LIKE '%%:effect_ran'", 1),
+    ("fact_llm_generation", "true", 14),
+    ("fact_budget_posting", "true", 8),
+    ("fact_session", "true", 1),
+)
+
+
+def main() -> None:
+    """Measure, and print the ratios beside their targets."""
+    table = Table("what", "measured", "ratio", "target", title="Backfill")
+    with tempfile.TemporaryDirectory() as directory:
+        for row in measure(Path(directory)):
+            table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def measure(home: Path) -> Generator[tuple[str, str, str, str]]:
+    with database(home, "missing_0") as connection:
+        prepare_complete(connection)
+    found: dict[int, list[float]] = {0: [], 1_000: [], 10_000: []}
+    for missing in found:
+        if missing:
+            with database(home, f"missing_{missing}", like="missing_0") as connection:
+                lose(connection, missing)
+    naive: list[float] = []
+    for _ in range(ROUNDS):
+        naive.append(backfill_naively(home))
+        for missing, seconds in found.items():
+            seconds.append(backfill(home, missing))
+    yield from ratios(min(naive), {missing: min(seconds) for missing, seconds in found.items()})
+
+
+def ratios(naive: float, found: dict[int, float]) -> Generator[tuple[str, str, str, str]]:
+    nothing = found[0]
+    yield (
+        f"nothing missing at {EVENTS:,} events, against the naive form",
+        f"{nothing:.2f} against {naive:.2f} s",
+        f"1/{naive / nothing:.1f}",
+        "at most 1/5",
+    )
+    for missing, target in ((1_000, 1.5), (10_000, 2.5)):
+        yield (
+            f"{missing:,} missing, found and enqueued, against nothing missing",
+            f"{found[missing]:.2f} against {nothing:.2f} s",
+            f"{found[missing] / nothing:.2f} x",
+            f"at most {target} x",
+        )
+
+
+def prepare_complete(connection: Connection) -> None:
+    """Everything is projected, and the outbox remembers most of it."""
+    load_sample_data(connection, events=EVENTS, days=90, projected_share=0.95)
+    insert_bare(connection)
+    connection.execute("UPDATE reporting_outbox SET status = 'completed'")
+    connection.execute("VACUUM ANALYZE")
+
+
+def lose(connection: Connection, missing: int) -> None:
+    """Delete facts of so many sources, spread evenly over all of them."""
+    parts = pairwise(accumulate((share for *_, share in LOSSES), initial=0))
+    for (table, where, _), (first, last) in zip(LOSSES, parts, strict=True):
+        connection.execute(
+            sql.SQL(
+                "DELETE FROM {0} WHERE (org_id, source_key) IN (SELECT org_id, source_key FROM {0}"
+                " WHERE {1} ORDER BY md5(source_key) LIMIT %s)"
+            ).format(sql.Identifier(table), sql.SQL(where)),
+            [missing * last // 100 - missing * first // 100],
+        )
+    connection.execute("VACUUM ANALYZE")
+
+
+def backfill(home: Path, missing: int) -> float:
+    """The seconds that it takes to find and enqueue so many; what it wrote is taken back."""
+    url = embedded_postgres_url(home, f"missing_{missing}")
+    postgres = PostgresResource(Settings.from_environment({"EVERRUNS_POSTGRES_URL": url}))
+    with postgres.connect() as connection, connection.transaction(force_rollback=True):
+        started = time.perf_counter()
+        counts = enqueue(connection, BackfillRequest(limit=10_000))
+        seconds = time.perf_counter() - started
+    assert counts["enqueued"] == missing, f"{missing} are missing, but enqueued were {counts}"
+    return seconds
+
+
+def backfill_naively(home: Path) -> float:
+    """The seconds that it takes to find out, by looking up every key, that nothing is missing."""
+    with psycopg.connect(embedded_postgres_url(home, "missing_0")) as connection:
+        started = time.perf_counter()
+        for statement in NAIVE:
+            assert connection.execute(statement).fetchall() == []
+        return time.perf_counter() - started
+
+
+NAIVE: tuple[LiteralString, ...] = (
+    """
+    SELECT events.id
+    FROM events
+    JOIN sessions ON sessions.id = events.session_id
+    WHERE
+        event_type IN (
+            'tool.completed', 'capability.usage', 'output.message.replaced',
+            'turn.completed', 'turn.failed', 'turn.cancelled'
+        )
+        AND CASE event_type
+            WHEN 'tool.completed' THEN
+                NOT EXISTS (
+                    SELECT FROM fact_tool_call AS fact
+                    WHERE fact.org_id = sessions.org_id
+                        AND fact.source_key = 'event:' || events.id
+                )
+                OR data ? 'capability_id' AND NOT EXISTS (
+                    SELECT FROM fact_capability_usage AS fact
+                    WHERE fact.org_id = sessions.org_id
+                        AND fact.source_key = 'event:' || events.id || ':invoked'
+                )
+            WHEN 'capability.usage' THEN
+                EXISTS (
+                    SELECT
+                    FROM
+                        jsonb_array_elements(
+                            CASE
+                                WHEN jsonb_typeof(data -> 'records') = 'array'
+                                    THEN data -> 'records'
+                                ELSE '[]'
+                            END
+                        ) WITH ORDINALITY AS records (record, position)
+                    WHERE record ?& ARRAY['capability_id', 'usage_kind'] AND NOT EXISTS (
+                        SELECT FROM fact_capability_usage AS fact
+                        WHERE fact.org_id = sessions.org_id
+                            AND fact.source_key
+                                = 'event:' || events.id || ':capability_usage:' || position
+                    )
+                )
+            WHEN 'output.message.replaced' THEN
+                data ? 'guardrail_capability_id' AND NOT EXISTS (
+                    SELECT FROM fact_capability_usage AS fact
+                    WHERE fact.org_id = sessions.org_id
+                        AND fact.source_key = 'event:' || events.id || ':effect_ran'
+                )
+            ELSE NOT EXISTS (
+                SELECT FROM fact_turn AS fact
+                WHERE fact.org_id = sessions.org_id AND fact.source_key = 'event:' || events.id
+            )
+        END
+    ORDER BY ts
+    LIMIT 1000
+    """,
+    """
+    SELECT id FROM sessions
+    WHERE NOT EXISTS (
+        SELECT FROM fact_session AS fact
+        WHERE fact.org_id = sessions.org_id AND fact.source_key = 'session:' || sessions.id
+    )
+    ORDER BY updated_at
+    LIMIT 1000
+    """,
+    """
+    SELECT id FROM llm_generations AS source
+    WHERE NOT EXISTS (
+        SELECT FROM fact_llm_generation AS fact
+        WHERE fact.org_id = source.org_id AND fact.source_key = 'llm_generation:' || source.id
+    )
+    ORDER BY created_at
+    LIMIT 1000
+    """,
+    """
+    SELECT id FROM usage_ledger AS source
+    WHERE NOT EXISTS (
+        SELECT FROM fact_budget_posting AS fact
+        WHERE fact.org_id = source.org_id AND fact.source_key = 'usage_ledger:' || source.id
+    )
+    ORDER BY created_at
+    LIMIT 1000
+    """,
+)
