@@ -62,7 +62,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
             {"enqueue": {"limit": _LIMIT}, "project": {}},
             log_level="WARNING",
         )
-    console.print(f"  {json.dumps(again['enqueue'])}")
+    console.print(f"  {json.dumps(again['enqueue'])}", soft_wrap=True)
     console.print("\nThe result of the backfill, as the API answers it:")
     console.file.flush()
     sys.stdout.write(json.dumps(outputs["enqueue"]) + "\n")
