@@ -7,6 +7,7 @@ from threading import Lock, Thread
 
 import psycopg
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.postgres import Connection, PostgresResource, transaction
@@ -67,13 +68,16 @@ class Drained:
 
 
 def check(
-    connection: Connection,
+    connection: Connection | None,
     *,
     org_id: int | None = None,
     batch_size: int = 1,
     max_rows: int | None = None,
 ) -> None:
     """Refuse what `drain` could not do.
+
+    Args:
+        connection: None where there is none: then the organization is not looked up.
 
     Raises:
         Refusal: a number is out of range, or there is no such organization.
@@ -88,7 +92,7 @@ def check(
                 f"{name}: expected {expected}, got {value}",
                 errors=(FieldError((name,), f"expected {expected}"),),
             )
-    if org_id is not None:
+    if connection is not None and org_id is not None:
         require_org(connection, org_id)
 
 
@@ -215,7 +219,11 @@ def _drain(
             try:
                 batch = _project(connection, outbox, claim)
             except BaseException:
-                if not connection.closed:
+                if connection.info.transaction_status == TransactionStatus.ACTIVE:
+                    # Interrupted within a statement: only its end makes the connection let go.
+                    connection.cancel_safe()
+                    connection.close()
+                elif not connection.closed:
                     outbox.release(claim)
                 raise
             yield batch

@@ -239,7 +239,14 @@ SELECT
         WHEN EXISTS (
             SELECT FROM sources
             WHERE sources.type = key.type AND sources.id = key.id AND sources.org_id = fact.org_id
-        ) THEN 'superseded'
+        ) THEN CASE
+            WHEN EXISTS (
+                SELECT FROM pg_temp.selection
+                WHERE selection.source_id = key.id AND selection.org_id = fact.org_id
+            ) THEN 'superseded'
+            -- Not a source of the day when it was staged: a projector has just written this.
+            ELSE 'later'
+        END
         WHEN key.type = 'event' AND EXISTS (
             SELECT FROM archived_events WHERE archived_events.id = key.id
         ) THEN 'archived'

@@ -1,0 +1,328 @@
+"""Draining by real processes: together, killed in the middle, refused by the database."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting.drain import check, drain_in_parallel
+from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
+from everruns_pipelines_tests.reporting.recompute import differences
+from everruns_pipelines_tests.reporting.world import (
+    World,
+    drain_all,
+    enqueue_all,
+    materialize,
+    rows,
+    someone_waits_for_a_lock,
+    value,
+    versions,
+    wait_until,
+)
+
+Start = Callable[[str], "subprocess.Popen[str]"]
+
+_PROJECTOR = """
+import signal, sys
+from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.reporting.drain import drain, drain_in_parallel
+from everruns_pipelines.settings import Settings
+
+class Terminated(BaseException):
+    pass
+
+def terminate(*_):
+    raise Terminated
+
+signal.signal(signal.SIGTERM, terminate)
+postgres = PostgresResource(Settings.from_environment())
+with postgres.connect() as connection:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        print(sum(batch.completed for batch in {batches}), flush=True)
+    except Terminated:
+        print("terminated", flush=True)
+"""
+_ALONE = _PROJECTOR.replace("{batches}", "drain(connection, max_attempts=12, batch_size=150)")
+_IN_PARALLEL = _PROJECTOR.replace("{batches}", "drain_in_parallel(postgres, batch_size=150)")
+
+
+@pytest.fixture
+def start(postgres_url: str) -> Iterator[Start]:
+    """Starts a process that drains once it is told to go."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | {"EVERRUNS_POSTGRES_URL": postgres_url},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ready(process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+
+
+def go(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def answer(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=60)
+    return output.strip()
+
+
+def by_status(connection: Connection) -> list[tuple[Any, ...]]:
+    return rows(
+        connection,
+        "SELECT status, attempts, count(*) FROM reporting_outbox GROUP BY 1, 2 ORDER BY 1, 2",
+    )
+
+
+@pytest.fixture
+def sources(connection: Connection) -> int:
+    """Sources of every kind, all of them enqueued; how many."""
+    database.prepare(connection)
+    load_adversarial_sources(connection, seed=5, sessions=15, events_per_session=20)
+    return enqueue_all(connection)
+
+
+def test_two_processes_at_once_complete_each_row_once_and_the_facts_are_right(
+    connection: Connection, sources: int, start: Start
+) -> None:
+    processes = [start(_ALONE), start(_ALONE)]
+    for process in processes:
+        ready(process)
+    for process in processes:
+        go(process)
+
+    assert sum(int(answer(process)) for process in processes) == sources
+    assert by_status(connection) == [("completed", 1, sources)]
+    assert differences(connection) == []
+
+
+def test_projectors_of_one_process_complete_each_row_once_and_the_facts_are_right(
+    connection: Connection, postgres: PostgresResource, sources: int
+) -> None:
+    drained = [batch.completed for batch in drain_in_parallel(postgres, batch_size=100)]
+
+    assert sum(drained) == sources
+    assert by_status(connection) == [("completed", 1, sources)]
+    assert differences(connection) == []
+
+
+def test_no_more_rows_are_claimed_than_asked_for_however_many_projectors(
+    connection: Connection, postgres: PostgresResource, sources: int
+) -> None:
+    claimed = [b.claimed for b in drain_in_parallel(postgres, batch_size=20, max_rows=130)]
+
+    assert sum(claimed) == 130
+    assert by_status(connection) == [("completed", 1, 130), ("pending", 0, sources - 130)]
+
+
+def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
+    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+) -> None:
+    process = start(_ALONE)
+    ready(process)
+    with postgres.connect() as blocker, blocker.transaction():
+        # The batch has written its tool calls and stops before its turns.
+        blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
+        go(process)
+        wait_until(lambda: someone_waits_for_a_lock(connection), "the batch to be at work")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert by_status(connection) == [("pending", 0, sources - 150), ("processing", 1, 150)]
+        assert versions(connection) == set()
+    # The killed process's connection ends when the server notices.
+    wait_until(
+        lambda: (
+            value(
+                connection,
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()",
+            )
+            == 1
+        ),
+        "the server to notice",
+    )
+
+    drained = drain_all(connection)
+
+    assert drained.completed == sources
+    assert by_status(connection) == [
+        ("completed", 1, sources - 150),
+        ("completed", 2, 150),
+    ]
+    assert differences(connection) == []
+
+
+def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
+    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+) -> None:
+    process = start(_ALONE)
+    ready(process)
+    with postgres.connect() as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
+        go(process)
+        wait_until(lambda: someone_waits_for_a_lock(connection), "the batch to be at work")
+        process.terminate()
+        assert answer(process) == "terminated"
+        wait_until(
+            lambda: not someone_waits_for_a_lock(connection), "its statement to be cancelled"
+        )
+        assert versions(connection) == set()
+
+    assert drain_all(connection).completed == sources
+
+    assert differences(connection) == []
+
+
+def test_a_process_of_several_projectors_finishes_its_batches_when_it_is_terminated(
+    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+) -> None:
+    process = start(_IN_PARALLEL)
+    ready(process)
+    with postgres.connect() as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
+        go(process)
+        wait_until(lambda: someone_waits_for_a_lock(connection), "a batch to be at work")
+        process.terminate()
+    assert answer(process) == "terminated"
+
+    left = value(connection, "SELECT count(*) FROM reporting_outbox WHERE status = 'pending'")
+    assert by_status(connection) == [("completed", 1, sources - left), ("pending", 0, left)]
+    drain_all(connection)
+    assert differences(connection) == []
+
+
+@pytest.fixture
+def restricted(ready_world: World, postgres_url: str) -> Iterator[Connection]:
+    """A connection as a role that may do everything but insert into fact_turn."""
+    role = sql.Identifier(f"role_{uuid4().hex}")
+    for statement in (
+        "CREATE ROLE {} LOGIN",
+        "GRANT ALL ON ALL TABLES IN SCHEMA public TO {}",
+        "GRANT USAGE ON SCHEMA everruns_pipelines TO {}",
+        "GRANT ALL ON ALL TABLES IN SCHEMA everruns_pipelines TO {}",
+        "REVOKE INSERT ON fact_turn FROM {}",
+    ):
+        ready_world.connection.execute(sql.SQL(statement).format(role))
+    name = role.as_string(ready_world.connection).strip('"')
+    with psycopg.connect(make_conninfo(postgres_url, user=name), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def ready_world(connection: Connection) -> World:
+    database.prepare(connection)
+    return World(connection)
+
+
+def test_a_refused_write_is_one_clear_error_that_claims_nothing_and_changes_nothing(
+    ready_world: World, restricted: Connection
+) -> None:
+    connection = ready_world.connection
+    session = ready_world.session(ready_world.org())
+    ready_world.event(session)
+    ready_world.event(session, "turn.completed")
+    enqueue_all(connection)
+    before = rows(connection, "SELECT id, status, attempts, last_error FROM reporting_outbox")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="fact_turn"):
+        drain_all(restricted)
+
+    after = rows(connection, "SELECT id, status, attempts, last_error FROM reporting_outbox")
+    assert sorted(after) == sorted(before)
+    assert versions(connection) == set()
+    assert value(connection, "SELECT count(*) FROM everruns_pipelines.outbox_claims") == 0
+    assert drain_all(connection).completed == 3
+
+
+def test_a_write_that_the_role_may_not_do_is_refused_before_anything_is_claimed(
+    ready_world: World, restricted: Connection
+) -> None:
+    with pytest.raises(Refusal, match="INSERT on fact_turn") as refused:
+        database.prepare(restricted)
+
+    assert refused.value.code == "permission_denied"
+
+
+def test_batches_that_deadlock_are_tried_again(ready_world: World) -> None:
+    """A foreign transaction holds what the batch wants, and wants what the batch holds."""
+    connection = ready_world.connection
+    session = ready_world.session(ready_world.org())
+    for event_type in ("tool.completed", "turn.completed"):
+        ready_world.event(session, event_type)
+    materialize(connection)
+    connection.execute("UPDATE fact_tool_call SET tool_status = 'stale'")
+    connection.execute("UPDATE fact_turn SET turn_status = 'stale'")
+    enqueue_all(connection)
+    with psycopg.connect(connection.info.dsn) as foreign:
+        foreign.execute("SET deadlock_timeout = '60s'")  # the batch is the one that is chosen
+        foreign.execute("SELECT FROM fact_turn FOR UPDATE")
+        foreign_wants = sql.SQL("SELECT FROM fact_tool_call FOR UPDATE")
+        with (
+            psycopg.connect(connection.info.dsn, autocommit=True) as watcher,
+            ThreadPoolExecutor(1) as executor,
+        ):
+            draining = executor.submit(drain_all, connection)
+            wait_until(lambda: someone_waits_for_a_lock(watcher), "the batch to wait")
+            foreign.execute(foreign_wants)
+            foreign.commit()
+            assert draining.result(30).completed == 3
+
+    assert differences(connection) == []
+    assert by_status(connection) == [("completed", 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("batch_size", {"batch_size": 0}),
+        ("batch_size", {"batch_size": 100_001}),
+        ("max_rows", {"max_rows": -1}),
+        ("org_id", {"org_id": 4_711}),
+    ],
+)
+def test_a_request_that_cannot_be_done_is_refused_with_the_field_and_what_is_allowed(
+    connection: Connection, field: str, options: dict[str, int]
+) -> None:
+    with pytest.raises(Refusal) as refused:
+        check(connection, **options)
+
+    [error] = refused.value.errors
+    assert error.loc == (field,)
+    assert str(refused.value).startswith(f"{field}: ")
+
+
+def test_no_rows_are_asked_for_and_none_are_claimed(ready_world: World) -> None:
+    ready_world.tool_call(ready_world.org())
+
+    assert drain_all(ready_world.connection, max_rows=0).claimed == 0
+    assert by_status(ready_world.connection) == [("pending", 0, 1)]
