@@ -4,13 +4,16 @@ What belongs here is Dagster's view of a rebuild; the rebuild itself knows nothi
 See https://docs.dagster.io/guides/build/assets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 
 import dagster as dg
 
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.failures import told_plainly
 from everruns_pipelines.items.rebuild import Rebuilt, rebuild_day
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
@@ -91,7 +94,8 @@ def item_assets(settings: Settings) -> ItemAssets:
     ) -> None:
         for day in context.partition_keys:
             context.log.info(f"Rebuilding the items of {day}")
-            done = rebuild_day(postgres, clickhouse, date.fromisoformat(day), context.log.info)
+            with items_failures():
+                done = rebuild_day(postgres, clickhouse, date.fromisoformat(day), context.log.info)
             context.add_asset_metadata(as_metadata(done), partition_key=day)
 
     @dg.multi_asset_check(
@@ -119,18 +123,29 @@ def item_assets(settings: Settings) -> ItemAssets:
         missing: dict[str, int] = {}
         different: dict[str, int] = {}
         for day in context.partition_keys:
-            would = rebuild_day(
-                postgres,
-                clickhouse,
-                date.fromisoformat(day),
-                context.log.info,
-                dry_run=True,
-            )
+            with items_failures():
+                would = rebuild_day(
+                    postgres,
+                    clickhouse,
+                    date.fromisoformat(day),
+                    context.log.info,
+                    dry_run=True,
+                )
             missing[day], different[day] = would.inserted, would.refreshed
         yield _check_result("no_envelope_without_its_item", "missing", missing)
         yield _check_result("no_item_differs_from_its_envelope", "different", different)
 
     return ItemAssets(items, items_equal_their_spans)
+
+
+@contextmanager
+def items_failures() -> Generator[None]:
+    """What a rebuild raises, as failures of the run that say what to do."""
+    with told_plainly(Refusal.as_items_error):
+        try:
+            yield
+        except ClickHouseFailure as failure:
+            raise dg.Failure(str(failure)) from failure
 
 
 def as_metadata(done: Rebuilt) -> dict[str, dg.MetadataValue]:

@@ -3,14 +3,11 @@
 Run config is in `RebuildConfig`. See https://docs.dagster.io/guides/build/ops.
 """
 
-import json
-
 import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.clickhouse import ClickHouseResource
-from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items.assets import as_metadata
+from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
 from everruns_pipelines.postgres import PostgresResource
@@ -40,7 +37,11 @@ class RebuildConfig(dg.Config):
         )
 
 
-@dg.op(name="rebuild", description="Bring items back to what their spans say.")
+@dg.op(
+    name="rebuild",
+    description="Bring items back to what their spans say.",
+    out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+)
 def rebuild_op(
     context: dg.OpExecutionContext,
     config: RebuildConfig,
@@ -48,17 +49,8 @@ def rebuild_op(
     clickhouse: dg.ResourceParam[ClickHouseResource],
 ) -> dict[str, int]:
     """Rebuild and return the counts of the interface, which are the output's metadata too."""
-    try:
+    with items_failures():
         done = rebuild(postgres, clickhouse, config.request(), context.log.info)
-    except Refusal as refusal:
-        # Another attempt would be refused again.
-        raise dg.Failure(
-            description=refusal.detail,
-            metadata={
-                "error": dg.MetadataValue.json(json.loads(json.dumps(refusal.as_items_error())))
-            },
-            allow_retries=False,
-        ) from refusal
     context.add_output_metadata(as_metadata(done))
     return done.counts()
 

@@ -37,7 +37,7 @@ SELECT
         WHEN status.known IS NOT NULL OR found.value ->> 'notes' <> ''
             THEN jsonb_build_object('status', status.known, 'notes', found.value ->> 'notes')
     END,
-    nullif(found.value -> 'links', 'null'),
+    CASE WHEN jsonb_typeof(found.value -> 'links') = 'array' THEN found.value -> 'links' END,
     CASE
         WHEN verdict.flaw IS NOT NULL THEN NULL
         -- As the SDK does before its POST: the raw session goes into the metadata.

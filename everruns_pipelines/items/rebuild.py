@@ -18,6 +18,7 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.rows import class_row
 
+from everruns_pipelines import own_schema
 from everruns_pipelines.clickhouse import ClickHouseResource, Log
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.envelope import Found, read_damaged, read_envelope
@@ -106,21 +107,7 @@ def ensure_schema(connection: Connection) -> None:
     Raises:
         Refusal: it is missing and the role may not make it.
     """
-    table = "everruns_pipelines.item_rejections"
-    if connection.execute("SELECT to_regclass(%s)", [table]).fetchone() != (None,):
-        return
-    try:
-        with connection.transaction():
-            # Two first runs at once: CREATE ... IF NOT EXISTS is not proof against itself.
-            connection.execute("SELECT pg_advisory_xact_lock(hashtext('everruns_pipelines'))")
-            connection.execute(_read("schema.sql"))
-    except errors.InsufficientPrivilege:
-        raise Refusal(
-            f"The table {table} is missing and this role may not make it: "
-            "run `everruns-pipelines init` as one that may",
-            code="permission_denied",
-            status=503,
-        ) from None
+    own_schema.ensure(connection, "everruns_pipelines.item_rejections", _read("schema.sql"))
 
 
 def rebuild(

@@ -133,8 +133,10 @@ BEGIN
         RETURN (
             SELECT coalesce(jsonb_agg(value ORDER BY value::text COLLATE "C"), '[]')
             FROM (
+                -- OFFSET 0: sorted once, not once for the result and once for its place.
                 SELECT pg_temp.lists_sorted(value, depth + 1) AS value
                 FROM jsonb_array_elements(a)
+                OFFSET 0
             )
         );
     END IF;

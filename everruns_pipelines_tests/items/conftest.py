@@ -1,0 +1,78 @@
+"""Fixtures of the items half: a project in PostgreSQL, an empty span table in chDB."""
+
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.embedded.clickhouse import ensure_span_tables
+from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.items.world import PROJECT, World
+
+_OLDER, _NEWER = "otel_traces.sql", "otel_traces_newer.sql"
+
+
+@pytest.fixture(scope="session")
+def items_database(home: Path) -> str:
+    """One database for all tests of items: emptying a few tables is cheaper than a new one."""
+    name = "test_items"
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE everruns").format(sql.Identifier(name)))
+    return embedded_postgres_url(home, name)
+
+
+@pytest.fixture
+def postgres_url(items_database: str) -> str:
+    with psycopg.connect(items_database, autocommit=True) as connection:
+        connection.execute("TRUNCATE item_organizations CASCADE")
+        connection.execute("DROP SCHEMA IF EXISTS everruns_pipelines CASCADE")
+    return items_database
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A chDB directory per generation of the span table."""
+    made: dict[str, Path] = {}
+    for generation in (_OLDER, _NEWER):
+        directory = tmp_path_factory.mktemp("chdb") / "data"
+        directory.mkdir()
+        settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{directory}"})
+        with ClickHouseResource(settings).connect() as clickhouse:
+            ensure_span_tables(clickhouse.client, generation)
+        made[generation] = directory
+    return made
+
+
+@pytest.fixture
+def generation() -> str:
+    return _OLDER
+
+
+@pytest.fixture
+def engine(engines: dict[str, Path], generation: str) -> Path:
+    """A chDB directory with the span table; `World` empties it before its first span."""
+    return engines[generation]
+
+
+@pytest.fixture
+def settings(postgres_url: str, home: Path, engine: Path) -> Settings:
+    return Settings.from_environment(
+        {
+            "EVERRUNS_POSTGRES_URL": postgres_url,
+            "EVERRUNS_CLICKHOUSE_DSN": f"chdb://{engine}",
+            "EVERRUNS_HOME": str(home),
+            "EVERRUNS_REPORTING_START": "2026-01-01",
+        }
+    )
+
+
+@pytest.fixture
+def world(settings: Settings, connection: Connection) -> World:
+    """The project acme/red/webapp, without spans and without items."""
+    world = World(PostgresResource(settings), ClickHouseResource(settings), connection)
+    world.add_project("webapp", PROJECT)
+    return world

@@ -1,0 +1,158 @@
+"""The public SDK's real output, rebuilt and compared row by row with what was reported."""
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from psycopg.types.json import Jsonb
+
+from everruns_pipelines_tests.items.world import Row, World, exact
+
+_SAMPLE = Path(__file__).parent / "sample"
+_META = json.loads((_SAMPLE / "meta.json").read_text())
+_PROJECT = UUID(_META["project_id"])
+
+
+def _lines(name: str) -> list[Row]:
+    return [json.loads(line) for line in (_SAMPLE / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def sample(world: World) -> World:
+    """The sample as it lies before a rebuild: spans, posted items, and what people decided."""
+    world.add_project(
+        _META["project"],
+        _PROJECT,
+        workspace=("red", UUID(_META["workspace_id"])),
+        organization=("sample", UUID(_META["org_id"])),
+    )
+    world.insert((_SAMPLE / "spans.jsonl").read_bytes())
+    for post in _lines("posts.jsonl"):
+        body = {name: post["body"].get(name) for name in _POSTED}
+        world.post(
+            "posted",
+            **body,
+            id=post["id"],
+            organization_id=post["organization_id"],
+            project_id=post["project_id"],
+        )
+    for disposition in _lines("dispositions.jsonl"):
+        patch = disposition["patch"]
+        decided = {name: patch[name] for name in ("status", "notes") if patch.get(name) is not None}
+        if decided:
+            world.connection.execute(
+                "UPDATE items SET disposition = %s WHERE id = %s",
+                [Jsonb(decided), disposition["item_id"]],
+            )
+        if "title" in patch:
+            world.connection.execute(
+                "UPDATE items SET title = %s WHERE id = %s",
+                [patch["title"], disposition["item_id"]],
+            )
+        if "data" in patch:
+            world.connection.execute(
+                "UPDATE items SET data = data || %s WHERE id = %s",
+                [Jsonb(patch["data"]), disposition["item_id"]],
+            )
+    return world
+
+
+_POSTED = (
+    "item_type", "data", "source", "ref", "dedupe_key", "title", "session_id", "trace_id",
+    "span_id", "capability", "capability_version", "schema_ref",
+)  # fmt: skip
+
+
+def _rebuild(world: World, session: str) -> Any:
+    return world.rebuild(session, organization="sample", project=_META["project"])
+
+
+def _expected(before: dict[str, Row]) -> dict[str, Row]:
+    """What the table must hold, from the reporter's side alone."""
+    ends = {(row["TraceId"], row["SpanId"]): int(row["Duration"]) for row in _lines("spans.jsonl")}
+    assert ends
+    expected: dict[str, Row] = {}
+    refs: dict[str, str] = {
+        row["ref"]: dedupe_key for dedupe_key, row in before.items() if row["ref"]
+    }
+    for truth in _lines("truth.jsonl"):
+        if truth["kind"] != "item" or truth["in_span"] != "inline":
+            continue
+        if (
+            truth["ref"]
+            and refs.setdefault(truth["ref"], truth["dedupe_key"]) != truth["dedupe_key"]
+        ):
+            continue
+        known = before.get(truth["dedupe_key"])
+        data = exact(truth["data_in_span"])
+        if known is not None and _sorted(known["data"]) == _sorted(data):
+            data = known["data"]
+        kept = (
+            {name: known[name] for name in ("id", "source", "disposition", "created_at")}
+            if known
+            else {"source": "extracted", "disposition": None}
+        )
+        expected[truth["dedupe_key"]] = {
+            **kept,
+            "data": data,
+            **{name: truth[name] for name in _DERIVED},
+        }
+    return expected
+
+
+_DERIVED = (
+    "item_type", "title", "ref", "trace_id", "span_id", "capability", "capability_version",
+    "schema_ref",
+)  # fmt: skip
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _sorted(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return sorted((_sorted(child) for child in value), key=json.dumps)
+    return value
+
+
+@pytest.mark.parametrize("generation", ["otel_traces.sql", "otel_traces_newer.sql"])
+def test_every_session_of_the_sample_row_by_row(sample: World) -> None:
+    before = sample.items(_PROJECT)
+    expected = _expected(before)
+    done = [_rebuild(sample, session["session_id"]) for session in _META["sessions"]]
+    done.append(_rebuild(sample, "ba0ece71-f36c-44fb-8eea-17137bd8a876"))
+    after = sample.items(_PROJECT)
+    assert after.keys() == expected.keys()
+    for dedupe_key, row in expected.items():
+        assert {name: after[dedupe_key][name] for name in row} == row
+    assert sum(one.inserted for one in done) == len(after) - len(before)
+    assert sum(one.offloaded for one in done) == 1
+    again = [_rebuild(sample, session["session_id"]) for session in _META["sessions"]]
+    assert sum(one.inserted + one.refreshed for one in again) == 0
+    assert sample.items(_PROJECT) == after
+
+
+def test_the_kinds_of_the_sample(sample: World) -> None:
+    sessions = {one["kind"]: one["session_id"] for one in _META["sessions"]}
+    assert _rebuild(sample, sessions["post_failed"]).inserted == 4
+    assert _rebuild(sample, sessions["many_in_one_span"]).processed == 12
+    decoys = _rebuild(sample, sessions["decoys"])
+    assert (decoys.processed, decoys.rejected) == (1, 3)
+    triaged = _rebuild(sample, sessions["triaged_then_rebuilt"])
+    assert (triaged.inserted, triaged.refreshed, triaged.unchanged) == (0, 2, 5)
+    listed = _rebuild(sample, sessions["list_order"])
+    assert (listed.unchanged, listed.refreshed) == (2, 0)
+    reused = _rebuild(sample, sessions["ref_reused"])
+    assert (reused.processed, reused.rejected) == (1, 1)
+    offloaded = _rebuild(sample, sessions["large_offloaded"])
+    assert (offloaded.processed, offloaded.offloaded) == (2, 1)
+
+
+def test_a_day_of_the_sample_is_what_its_sessions_are(sample: World) -> None:
+    done = sample.rebuild_day()
+    expected = _expected({})
+    assert done.processed == len(expected)
+    assert sample.items(_PROJECT).keys() == expected.keys()
+    again = sample.rebuild_day(dry_run=True)
+    assert (again.inserted, again.refreshed, again.links_created) == (0, 0, 0)
