@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--max-rows", type=int, help="until nothing is due if not given")
     for added in (backfill, project):
         added.add_argument("--verbose", action="store_true", help="tell all that was counted")
+        added.add_argument("--url", help="run it in the deployment at http://host:port, not here")
     return parser
 
 
@@ -114,9 +115,10 @@ def _backfill(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
     from everruns_pipelines.reporting.backfill import BackfillRequest, check
 
     request = BackfillRequest(options.limit, options.org_id, options.source_types, options.dry_run)
-    with _checked(settings) as connection:
+    with _checked(options, settings) as connection:
         check(connection, request)
     outputs = _run_job(
+        options,
         settings,
         "backfill_reporting",
         {
@@ -135,15 +137,21 @@ def _backfill(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
 def _project(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     from everruns_pipelines.reporting.drain import check
 
-    with _checked(settings) as connection:
+    with _checked(options, settings) as connection:
         check(connection, org_id=options.org_id, max_rows=options.max_rows)
     ops = {"project": {"org_id": options.org_id, "max_rows": options.max_rows}}
-    return _run_job(settings, "project_reporting", ops)["project"]
+    return _run_job(options, settings, "project_reporting", ops)["project"]
 
 
 @contextmanager
-def _checked(settings: Settings) -> "Generator[Connection]":
-    """A connection to a database that is fit for reporting: to refuse before a run is made."""
+def _checked(options: argparse.Namespace, settings: Settings) -> "Generator[Connection | None]":
+    """A connection to a database that is fit for reporting: to refuse before a run is made.
+
+    None if the run is a deployment's: its database need not be within reach.
+    """
+    if options.url is not None:
+        yield None
+        return
     from everruns_pipelines.postgres import PostgresResource
     from everruns_pipelines.reporting.database import prepare
 
@@ -153,8 +161,17 @@ def _checked(settings: Settings) -> "Generator[Connection]":
 
 
 def _run_job(
-    settings: Settings, job: str, ops: Mapping[str, Mapping[str, Any]]
+    options: argparse.Namespace,
+    settings: Settings,
+    job: str,
+    ops: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
+    if options.url is not None:
+        from everruns_pipelines.client import Deployment
+        from everruns_pipelines.progress import shown
+
+        with shown(job) as tell:
+            return Deployment(options.url, settings.headers()).run(job, ops, tell)
     from everruns_pipelines.local_runs import run_job
 
     return run_job(settings, job, ops)

@@ -77,7 +77,7 @@ _TITLES = {
     "validation_error": "The request is not valid",
     "not_found_error": "Not found",
     "incompatible_schema": "The database lacks what is needed",
-    "unavailable": "The database cannot be reached",
+    "unavailable": "A server cannot be reached",
     "permission_denied": "The database refuses access",
     "locked": "Another backfill or repair is running",
 }

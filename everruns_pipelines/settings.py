@@ -3,11 +3,12 @@
 Nothing else in the package reads `os.environ` for configuration.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -47,6 +48,16 @@ def _a_year_back() -> date:
 
 def _iso_day(value: Any) -> Any:
     return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _json_of_headers(value: SecretStr) -> SecretStr:
+    headers = json.loads(value.get_secret_value())
+    if not isinstance(headers, dict) or not all(
+        isinstance(text, str) and text.isprintable()
+        for text in cast("dict[str, Any]", headers).values()
+    ):
+        raise ValueError("not such an object")
+    return value
 
 
 def _not_in_the_future(value: date) -> date:
@@ -98,6 +109,11 @@ class Settings(BaseModel):
     dagster_postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = (
         Field(None, alias="EVERRUNS_DAGSTER_POSTGRES_URL", description=_POSTGRES_URL)
     )
+    graphql_headers: Annotated[SecretStr, AfterValidator(_json_of_headers)] | None = Field(
+        None,
+        alias="EVERRUNS_GRAPHQL_HEADERS",
+        description='a JSON object of strings, such as {"Authorization": "Bearer ..."}',
+    )
     nightly_at: str = Field(
         "00:30",
         alias="EVERRUNS_NIGHTLY_AT",
@@ -130,6 +146,14 @@ class Settings(BaseModel):
         le=3650,
         description="a whole number of days from 1 to 3650",
     )
+
+    def headers(self) -> dict[str, str]:
+        """What to send to a deployment beside the request itself."""
+        return (
+            {}
+            if self.graphql_headers is None
+            else json.loads(self.graphql_headers.get_secret_value())
+        )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
