@@ -1,0 +1,196 @@
+"""The sensor that heals lost POSTs, and the items' schedules."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import dagster as dg
+import pytest
+from dagster import DagsterInstance
+
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.items import automation, unstored
+from everruns_pipelines.items.automation import item_failures_sensor
+from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.items.world import (
+    ORGANIZATION,
+    PROJECT,
+    WORKSPACE,
+    Span,
+    World,
+    envelope,
+    name_id,
+)
+
+
+def ago(**time: float) -> datetime:
+    return datetime.now(UTC) - timedelta(**time)
+
+
+def span(name: str, *, start: datetime | None = None, **fields: Any) -> Span:
+    """A span that reported an item of its name, five minutes ago."""
+    return Span([envelope(name)], name=name, trace=name, start=start or ago(minutes=5), **fields)
+
+
+def tick(
+    world: World, cursor: str | None = None, clickhouse: ClickHouseResource | None = None
+) -> dg.SensorResult:
+    with dg.build_sensor_context(
+        cursor=cursor,
+        resources={"postgres": world.postgres, "clickhouse": clickhouse or world.clickhouse},
+    ) as context:
+        return cast("dg.SensorResult", item_failures_sensor(context))
+
+
+def configs(result: dg.SensorResult) -> list[dict[str, Any]]:
+    return [request.run_config["ops"]["rebuild"]["config"] for request in result.run_requests or []]
+
+
+def traces(result: dg.SensorResult) -> set[str]:
+    return {run for config in configs(result) for run in config["run_ids"]}
+
+
+def said(result: dg.SensorResult) -> str:
+    assert not result.run_requests
+    assert result.skip_reason is not None
+    return str(result.skip_reason.skip_message)
+
+
+def test_envelopes_without_an_item_are_rebuilt_in_one_run(world: World) -> None:
+    world.add(span("one"), span("two"), span("stored"))
+    world.post("stored")
+    result = tick(world)
+    [config] = configs(result)
+    assert (config["organization"], config["workspace"], config["project"]) == (
+        str(ORGANIZATION),
+        str(WORKSPACE),
+        str(PROJECT),
+    )
+    assert traces(result) == {name_id("one").hex, name_id("two").hex}
+
+
+def test_the_run_that_is_launched_heals_them(world: World, instance: DagsterInstance) -> None:
+    world.add(span("one"))
+    [config] = configs(tick(world))
+    job = build_definitions(world.postgres.settings).get_job_def("rebuild_items")
+    done = job.execute_in_process(
+        {"ops": {"rebuild": {"config": config}}}, instance=instance
+    ).output_for_node("rebuild")
+    assert done["inserted"] == 1
+    assert "0 lack their row" in said(tick(world))
+
+
+def test_each_failure_is_launched_once(world: World) -> None:
+    world.add(span("one"))
+    first = tick(world)
+    assert traces(first) == {name_id("one").hex}
+    world.add(span("two"))
+    second = tick(world, first.cursor)
+    assert traces(second) == {name_id("two").hex}
+    assert "2 lack their row, and were launched before" in said(tick(world, second.cursor))
+
+
+def test_a_rejected_envelope_is_no_failure(world: World) -> None:
+    world.add(Span([envelope("one", data="no object")], trace="one", start=ago(minutes=5)))
+    assert len(configs(tick(world))) == 1
+    world.rebuild()
+    assert "0 lack their row" in said(tick(world))
+
+
+def test_projects_get_runs_of_their_own(world: World) -> None:
+    world.add_project("other", name_id("other"))
+    world.add(span("one"), span("two", project="other"), span("three", project="unknown"))
+    assert [config["project"] for config in configs(tick(world))] == sorted(
+        [str(PROJECT), str(name_id("other"))]
+    )
+
+
+def test_many_traces_are_split_into_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automation, "_TRACES_PER_RUN", 2)
+    world.add(*(span(f"number {number}") for number in range(5)))
+    result = tick(world)
+    assert [len(config["run_ids"]) for config in configs(result)] == [2, 2, 1]
+    assert len(traces(result)) == 5
+
+
+def test_what_is_too_much_for_one_tick_is_left_to_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unstored, "MOST_REPORTED", 3)
+    names = [f"number {number}" for number in range(6)]
+    world.add(*(span(name, start=ago(minutes=30 - number)) for number, name in enumerate(names)))
+    found = set[str]()
+    cursor: str | None = None
+    for _ in names:
+        result = tick(world, cursor)
+        assert not found & traces(result)
+        found |= traces(result)
+        cursor = result.cursor
+    assert found == {name_id(name).hex for name in names}
+
+
+def test_items_are_given_time_to_arrive(world: World) -> None:
+    world.add(span("one", start=ago(seconds=30)))
+    assert "0 items reported" in said(tick(world))
+
+
+def test_what_ended_long_ago_is_left_to_the_nightly_run(world: World) -> None:
+    world.add(span("one", start=ago(hours=8)))
+    assert "0 items reported" in said(tick(world))
+
+
+def test_pending_spans_and_other_outputs_are_passed_over(world: World) -> None:
+    world.add(
+        span("one", attributes={"logfire.span_type": "pending_span"}),
+        Span([1], name="two", start=ago(minutes=5)),
+        span("three", attributes={"dreadnode.outputs": '[{"name": "item"'}),
+    )
+    assert "0 items reported" in said(tick(world))
+
+
+def test_without_spans_the_embedded_engine_is_not_even_opened(world: World, home: Any) -> None:
+    settings = Settings.from_environment({"EVERRUNS_HOME": str(home / "elsewhere")})
+    result = tick(world, clickhouse=ClickHouseResource(settings))
+    assert said(result) == "No spans are stored yet"
+
+
+def test_it_backs_off_while_a_database_is_away(world: World) -> None:
+    away = PostgresResource(
+        Settings.from_environment(
+            {"EVERRUNS_POSTGRES_URL": "postgresql://me:secret@127.0.0.1:1/nowhere"}
+        )
+    )
+    world.add(span("one"))
+    blind = World(away, world.clickhouse, world.connection)
+    first = tick(blind)
+    assert "PostgreSQL cannot be used" in said(first)
+    assert "Trying again at" in said(tick(blind, first.cursor))
+    memory = json.loads(first.cursor or "")
+    memory["back_off"]["until"] = 0
+    assert traces(tick(world, json.dumps(memory))) == {name_id("one").hex}
+
+
+def test_a_missing_span_table_is_told(world: World) -> None:
+    settings = world.clickhouse.settings.model_copy(update={"spans_table": "elsewhere"})
+    assert "no such table" in said(tick(world, clickhouse=ClickHouseResource(settings)))
+
+
+def test_a_busy_engine_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automation, "_PATIENCE", 0.0)
+    with world.clickhouse.connect():
+        assert "another run is reading the embedded ClickHouse" in said(tick(world))
+
+
+@pytest.mark.parametrize(("name", "days"), [("nightly_items", 2), ("weekly_items", 90)])
+def test_a_schedule_covers_its_days_in_one_run(settings: Settings, name: str, days: int) -> None:
+    repository = build_definitions(settings).get_repository_def()
+    with dg.build_schedule_context(
+        scheduled_execution_time=datetime(2026, 6, 30, 0, 30, tzinfo=UTC),
+        repository_def=repository,
+    ) as context:
+        [request] = repository.get_schedule_def(name).evaluate_tick(context).run_requests or []
+    first = datetime(2026, 6, 30, tzinfo=UTC).date() - timedelta(days=days - 1)
+    assert request.tags["dagster/asset_partition_range_start"] == str(first)
+    assert request.tags["dagster/asset_partition_range_end"] == "2026-06-30"
