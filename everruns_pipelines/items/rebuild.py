@@ -125,7 +125,7 @@ def rebuild(
     request.check()
     store = ObjectStore.at(clickhouse.settings.object_store_url)
     with postgres.connect() as connection:
-        _check_platform(connection)
+        check_platform(connection)
         project = resolve_project(connection, request)
         connection.execute(_read("staging.sql"))
         names = _know_projects(connection, str(project))
@@ -153,7 +153,7 @@ def rebuild_day(
     """
     store = ObjectStore.at(clickhouse.settings.object_store_url)
     with postgres.connect() as connection:
-        _check_platform(connection)
+        check_platform(connection)
         connection.execute(_read("staging.sql"))
         _know_projects(connection, None)
         with clickhouse.connect(log) as opened:
@@ -169,7 +169,8 @@ def _selections(table: SpanTable, request: RebuildRequest) -> Iterator[Selection
     yield from table.of_runs(request.run_ids)
 
 
-def _check_platform(connection: Connection) -> None:
+def check_platform(connection: Connection) -> None:
+    """Raise a `Refusal` if the platform's tables of items are not there."""
     rows = connection.execute(
         "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL",
         [list(_PLATFORM_TABLES)],

@@ -58,8 +58,18 @@ def prepare(connection: Connection) -> None:
     """Check that the database is one that we can work on, and make what is ours.
 
     Raises:
+        Refusal: it is not, or what is ours is missing and may not be made.
+    """
+    check_platform(connection)
+    ensure_schema(connection)
+
+
+def check_platform(connection: Connection) -> None:
+    """Check that the database is one that we can work on; writes nothing.
+
+    Raises:
         Refusal: it is too old, or lacks a table, a column or a privilege; names all that is
-            missing. Nothing has been written.
+            missing.
     """
     if connection.info.server_version < _OLDEST_SERVER * 10_000:
         raise Refusal(
@@ -74,7 +84,6 @@ def prepare(connection: Connection) -> None:
         "incompatible_schema",
     )
     _refuse_if(_missing_privileges(connection), "The database role lacks {}", "permission_denied")
-    ensure_schema(connection)
 
 
 def require_org(connection: Connection, org_id: int) -> None:
