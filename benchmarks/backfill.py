@@ -21,6 +21,9 @@ from everruns_pipelines.embedded.sample_data import load_sample_data
 from everruns_pipelines.embedded.servers import embedded_postgres_url
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.reporting.projector import projections_of
+from everruns_pipelines.reporting.query import EVERYTHING, selected_rows
 from everruns_pipelines.settings import Settings
 
 EVENTS = 1_000_000
@@ -80,10 +83,22 @@ def ratios(naive: float, found: dict[int, float]) -> Generator[tuple[str, str, s
 
 
 def prepare_complete(connection: Connection) -> None:
-    """Everything is projected, and the outbox remembers most of it."""
-    load_sample_data(connection, events=EVENTS, days=90, projected_share=0.95)
+    """Everything is projected, and the outbox remembers it."""
+    load_sample_data(connection, events=EVENTS, days=90, projected_share=0.95, enqueued_share=0.0)
     insert_bare(connection)
-    connection.execute("UPDATE reporting_outbox SET status = 'completed'")
+    for source in SOURCES:
+        types = {kind for _, part in projections_of(source) for kind in part.event_types}
+        connection.execute(
+            sql.SQL(
+                "INSERT INTO reporting_outbox"
+                " (org_id, source_type, source_id, source_version, reason, status)"
+                " SELECT org_id, {}, id, id, {}, 'completed' FROM ({}) AS source"
+            ).format(
+                sql.Literal(source.type),
+                sql.Literal(source.reason),
+                selected_rows(source, types, EVERYTHING),
+            )
+        )
     connection.execute("VACUUM ANALYZE")
 
 

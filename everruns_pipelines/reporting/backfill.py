@@ -65,7 +65,7 @@ def enqueue(
 
     Raises:
         Refusal: the request is not valid, its organization does not exist, or another backfill of
-            all organizations runs on; nothing was enqueued.
+            all organizations has not ended in time.
     """
     check(connection, request)
     wanted = request.source_types

@@ -354,8 +354,8 @@ def test_the_limit_is_shared_fairly_and_unused_shares_pass_on(world: Connection)
 
 def test_a_single_row_is_enqueued_at_a_limit_of_one(world: Connection) -> None:
     for table in ("fact_turn", "fact_llm_generation", "fact_session", "fact_budget_posting"):
-        _lose(world, table, 3)
-    for left in range(12, 0, -1):
+        _lose(world, table, 1)
+    for left in range(4, 0, -1):
         assert _backfill(world, dry_run=True)["enqueued"] == left
         assert _backfill(world, limit=1)["enqueued"] == 1
     assert _backfill(world) == NOTHING
