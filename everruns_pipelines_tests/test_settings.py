@@ -1,0 +1,143 @@
+"""The environment: a wrong value is one line that names the variable and never tells the value."""
+
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from everruns_pipelines.errors import SettingsError
+from everruns_pipelines.settings import Settings
+
+TOMORROW = (datetime.now(UTC).date() + timedelta(days=1)).isoformat()
+POSTGRES = "postgresql://user:password@host:port/database"
+WRONG = {
+    ("EVERRUNS_POSTGRES_URL", POSTGRES): (
+        "secret",
+        "mysql://user:secret@host/db",
+        "postgresql://",
+        "host=localhost password=secret",
+        "postgresql://user:sec%zzret@host/db",
+        "postgresql://user:sec/ret@host/db",
+        "postgresql://user:sec@ret@host/db",
+        "postgresql://host:secret/db",
+        "postgresql://host/db?secret",
+        "postgresql://host/db?secret=1",
+    ),
+    ("EVERRUNS_DAGSTER_POSTGRES_URL", POSTGRES): ("secret", "postgresql://u:sec%zzret@host/db"),
+    (
+        "EVERRUNS_CLICKHOUSE_DSN",
+        "clickhouse[s]://user:password@host:port/database, or chdb:///path",
+    ): ("secret", "http://user:secret@host", "clickhouse://"),
+    ("EVERRUNS_OBJECT_STORE_URL", "a URL prefix such as s3://bucket/prefix"): (
+        "secret",
+        "/secret/path",
+        "s3://",
+    ),
+    (
+        "EVERRUNS_SPANS_TABLE",
+        "a table name, optionally with its database: otel_traces or otel.otel_traces",
+    ): ("secret; DROP TABLE x", "a.b.secret", "1secret", "secret-table", "secret\n"),
+    ("EVERRUNS_HOME", "a directory that may be created"): (__file__, f"{__file__}/below"),
+    ("EVERRUNS_REPORTING_START", "a day not in the future, YYYY-MM-DD"): (
+        "secret",
+        "2026-02-30",
+        "20260101",
+        "2026-W01-1",
+        "2026-01-01T00:00:00",
+        TOMORROW,
+    ),
+    ("EVERRUNS_REPORTING_MAX_ATTEMPTS", "a whole number from 1 to 1000"): (
+        "secret",
+        "0",
+        "-1",
+        "1001",
+        "1.5",
+    ),
+    ("EVERRUNS_NIGHTLY_AT", "a UTC time of day, HH:MM"): ("secret", "24:00", "3:00", "03:60"),
+    ("EVERRUNS_PURGE_AT", "a UTC time of day, HH:MM"): ("secret", "24:00", "03"),
+    ("EVERRUNS_WEEKLY_AT", "a weekday and a UTC time of day, such as Sun 02:00"): (
+        "secret",
+        "02:00",
+        "Sunday 02:00",
+        "sun 02:00",
+    ),
+    ("EVERRUNS_OUTBOX_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
+    ("EVERRUNS_RUNS_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "value"),
+    [(name, expected, value) for (name, expected), values in WRONG.items() for value in values],
+)
+def test_a_wrong_value_is_one_line_that_names_it_and_what_is_expected(
+    name: str, expected: str, value: str
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_environment({name: value})
+
+    # Nothing of the value: neither in the message nor in an error that comes with it.
+    assert str(refused.value) == f"{name}: expected {expected}"
+    assert refused.value.__cause__ is None
+    assert refused.value.__suppress_context__
+
+
+def test_every_variable_of_the_interface_has_a_wrong_value_above() -> None:
+    of_other_tests = {"EVERRUNS_GRAPHQL_HEADERS"}
+    aliases = {str(field.alias) for field in Settings.model_fields.values()}
+    assert {name for name, _ in WRONG} == aliases - of_other_tests
+
+
+def test_nothing_configured_means_embedded_databases_under_the_working_directory() -> None:
+    settings = Settings.from_environment({})
+
+    assert settings.postgres_url is None
+    assert settings.clickhouse_dsn is None
+    assert settings.object_store_url is None
+    assert settings.dagster_postgres_url is None
+    assert settings.spans_table == "otel_traces"
+    assert settings.home == Path(".everruns")
+    assert settings.reporting_max_attempts == 12
+
+
+def test_the_first_partition_is_a_year_back_fixed_to_the_first_of_a_month() -> None:
+    today = datetime.now(UTC).date()
+
+    start = Settings.from_environment({}).reporting_start
+
+    assert start.day == 1
+    assert timedelta(days=364) <= today - start <= timedelta(days=397)
+
+
+def test_what_is_set_is_what_counts() -> None:
+    settings = Settings.from_environment(
+        {
+            "EVERRUNS_POSTGRES_URL": "postgres://u:p%40ss@host:5433/db?sslmode=require",
+            "EVERRUNS_CLICKHOUSE_DSN": "chdb:///data",
+            "EVERRUNS_REPORTING_START": "2024-02-29",
+            "EVERRUNS_REPORTING_MAX_ATTEMPTS": "3",
+            "EVERRUNS_SPANS_TABLE": "otel.spans",
+        }
+    )
+
+    assert settings.postgres_url is not None
+    assert settings.postgres_url.get_secret_value().startswith("postgres://u:p%40ss@host:5433/db")
+    assert settings.reporting_start == date(2024, 2, 29)
+    assert (settings.reporting_max_attempts, settings.spans_table) == (3, "otel.spans")
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    assert Settings.from_environment({"EVERRUNS_POSTGRES_URL": ""}).postgres_url is None
+
+
+def test_settings_never_print_a_password() -> None:
+    settings = Settings.from_environment(
+        {
+            "EVERRUNS_POSTGRES_URL": "postgresql://u:hunter2@host/db",
+            "EVERRUNS_CLICKHOUSE_DSN": "clickhouse://u:hunter2@host/db",
+            "EVERRUNS_DAGSTER_POSTGRES_URL": "postgresql://u:hunter2@host/db",
+        }
+    )
+
+    assert "hunter2" not in f"{settings!r} {settings}"
+    assert "hunter2" not in settings.model_dump_json()
