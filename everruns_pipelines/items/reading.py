@@ -15,7 +15,7 @@ from uuid import UUID
 
 import psycopg
 
-from everruns_pipelines.clickhouse import ClickHouse, ClickHouseFailure, Log, retrying
+from everruns_pipelines.clickhouse import ClickHouse, ClickHouseFailure
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import Connection
 
@@ -148,21 +148,14 @@ def of_day(day: date) -> Selection:
     )
 
 
-def stage(
-    table: SpanTable, selections: Iterable[Selection], connection: Connection, log: Log
-) -> None:
-    """Copy the selected spans into `staged_spans`. A copy that fails leaves none of its rows.
+def stage(table: SpanTable, selections: Iterable[Selection], connection: Connection) -> None:
+    """Copy the selected spans into `staged_spans`.
 
     Raises:
-        ClickHouseFailure: ClickHouse refused, stalled or cut its answer, several times.
+        ClickHouseFailure: ClickHouse refused, stalled or cut its answer.
     """
     for selection in selections:
-        query, parameters = table.query(selection)
-
-        def copy(query: str = query, parameters: dict[str, Any] = parameters) -> None:
-            _copy(table.clickhouse, query, parameters, connection)
-
-        retrying(copy, log)
+        _copy(table.clickhouse, *table.query(selection), connection)
 
 
 def _copy(

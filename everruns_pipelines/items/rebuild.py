@@ -6,7 +6,7 @@ else, and the next one does the rest.
 """
 
 import base64
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -19,7 +19,7 @@ from psycopg import errors, sql
 from psycopg.rows import class_row
 
 from everruns_pipelines import own_schema
-from everruns_pipelines.clickhouse import ClickHouseResource, Log
+from everruns_pipelines.clickhouse import ClickHouseResource, Log, retrying
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.envelope import Found, read_damaged, read_envelope
 from everruns_pipelines.items.objects import OBJECTS_AT_ONCE, ObjectStore
@@ -129,10 +129,7 @@ def rebuild(
         project = resolve_project(connection, request)
         connection.execute(_read("staging.sql"))
         names = _know_projects(connection, str(project))
-        with clickhouse.connect(log) as opened:
-            table = SpanTable(opened, clickhouse.settings.spans_table, names)
-            table.check()
-            stage(table, _selections(table, request), connection, log)
+        _read_spans(connection, clickhouse, log, lambda table: _selections(table, request), names)
         session = None if request.session is None else str(request.session)
         return _merge(connection, session, store, log, dry_run=request.dry_run)
 
@@ -156,11 +153,27 @@ def rebuild_day(
         check_platform(connection)
         connection.execute(_read("staging.sql"))
         _know_projects(connection, None)
-        with clickhouse.connect(log) as opened:
-            table = SpanTable(opened, clickhouse.settings.spans_table)
-            table.check()
-            stage(table, [of_day(day)], connection, log)
+        _read_spans(connection, clickhouse, log, lambda _table: [of_day(day)])
         return _merge(connection, None, store, log, dry_run=dry_run)
+
+
+def _read_spans(
+    connection: Connection,
+    clickhouse: ClickHouseResource,
+    log: Log,
+    selections: Callable[[SpanTable], Iterable[Selection]],
+    projects: Sequence[str] | None = None,
+) -> None:
+    """Stage the selected spans. The connection to ClickHouse is open no longer than that."""
+
+    def read() -> None:
+        connection.execute("TRUNCATE staged_spans")
+        with clickhouse.connect(log) as opened:
+            table = SpanTable(opened, clickhouse.settings.spans_table, projects)
+            table.check()
+            stage(table, selections(table), connection)
+
+    retrying(read, log)
 
 
 def _selections(table: SpanTable, request: RebuildRequest) -> Iterator[Selection]:

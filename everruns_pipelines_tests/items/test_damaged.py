@@ -52,7 +52,7 @@ def test_a_poisoned_item_is_rejected_and_its_neighbours_are_recovered(world: Wor
 def test_what_one_parser_takes_and_the_other_does_not_still_leaves_the_neighbours(
     world: World,
 ) -> None:
-    """ClickHouse calls these valid JSON, PostgreSQL does not: the whole statement fails at first."""
+    """ClickHouse calls it valid JSON, PostgreSQL does not: the whole statement fails at first."""
     world.add(
         _neighbours("1e-99999999999", "tiny"),
         Span([envelope("far away")], name="another span"),

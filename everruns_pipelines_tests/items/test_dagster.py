@@ -1,0 +1,130 @@
+"""Items in Dagster: the asset by day, its checks, and the job with its run config."""
+
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from everruns_pipelines.items.assets import item_assets
+from everruns_pipelines.items.jobs import rebuild_items
+from everruns_pipelines.partitions import day_partitions
+from everruns_pipelines_tests.items.world import SESSION, Span, World, envelope, key
+
+_SCOPE = {"organization": "acme", "workspace": "red", "project": "webapp"}
+_COUNTS = {
+    "processed",
+    "inserted",
+    "refreshed",
+    "unchanged",
+    "rejected",
+    "offloaded",
+    "links_created",
+    "links_unresolved",
+}
+
+
+@pytest.fixture
+def definitions(world: World) -> dg.Definitions:
+    made = item_assets(world.clickhouse.settings)
+    return dg.Definitions(
+        assets=[made.asset],
+        asset_checks=[made.checks],
+        jobs=[
+            rebuild_items,
+            dg.define_asset_job("days", selection=["items"]),
+            dg.define_asset_job(
+                "checks",
+                selection=dg.AssetSelection.all_asset_checks(),
+                partitions_def=day_partitions(world.clickhouse.settings),
+            ),
+        ],
+        resources={
+            "postgres": world.postgres,
+            "clickhouse": world.clickhouse,
+            "mem_io_manager": dg.mem_io_manager,
+        },
+    )
+
+
+def _rebuild(definitions: dg.Definitions, **config: Any) -> dg.ExecuteInProcessResult:
+    return definitions.get_job_def("rebuild_items").execute_in_process(
+        run_config={"ops": {"rebuild": {"config": {**_SCOPE, **config}}}}
+    )
+
+
+def _days(definitions: dg.Definitions, first: str, last: str) -> dg.ExecuteInProcessResult:
+    return definitions.get_job_def("days").execute_in_process(
+        tags={
+            "dagster/asset_partition_range_start": first,
+            "dagster/asset_partition_range_end": last,
+        },
+    )
+
+
+def test_the_job_returns_the_counts_and_tells_them_as_metadata(
+    world: World, definitions: dg.Definitions
+) -> None:
+    world.add(Span([envelope("one"), {"no": "key"}]))
+    result = _rebuild(definitions, session_id=SESSION)
+    counts = result.output_for_node("rebuild")
+    assert counts.keys() == _COUNTS
+    assert (counts["processed"], counts["rejected"]) == (1, 1)
+    [output] = [
+        event.event_specific_data for event in result.all_node_events if event.is_successful_output
+    ]
+    metadata: Any = output.metadata  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    assert {name: metadata[name].value for name in _COUNTS} == counts
+    assert metadata["rejections"].records[0].data == {"reason": "invalid_field", "envelopes": 1}
+
+
+def test_a_refusal_fails_the_run_with_the_error_of_the_api(definitions: dg.Definitions) -> None:
+    with pytest.raises(dg.Failure, match="Name a session") as raised:
+        _rebuild(definitions)
+    error: Any = raised.value.metadata["error"].value
+    assert error["code"] == "validation_error"
+
+
+def test_a_range_of_days_in_one_run_with_counts_per_day(
+    world: World, definitions: dg.Definitions
+) -> None:
+    world.add(
+        Span([envelope("first")], name="first"),
+        Span([envelope("late")], name="late", start=Span().start.replace(hour=23, minute=59)),
+        Span([envelope("second")], name="second", start=Span().start.replace(day=2)),
+        Span([envelope("outside")], name="outside", start=Span().start.replace(day=4)),
+    )
+    result = _days(definitions, "2026-01-01", "2026-01-03")
+    processed = {
+        event.partition: event.materialization.metadata["processed"].value
+        for event in result.get_asset_materialization_events()
+    }
+    assert processed == {"2026-01-01": 2, "2026-01-02": 1, "2026-01-03": 0}
+    assert all(check.passed for check in result.get_asset_check_evaluations())
+    assert world.items().keys() == {key("first"), key("late"), key("second")}
+
+
+def test_the_checks_find_missing_and_different_items(
+    world: World, definitions: dg.Definitions
+) -> None:
+    world.post("different", title="edited")
+    world.add(Span([envelope("missing"), envelope("different")]))
+    result = definitions.get_job_def("checks").execute_in_process(partition_key="2026-01-01")
+    found = {check.check_name: check for check in result.get_asset_check_evaluations()}
+    missing = found["no_envelope_without_its_item"]
+    different = found["no_item_differs_from_its_envelope"]
+    assert (missing.passed, missing.metadata["missing"].value) == (False, 1)
+    assert (different.passed, different.metadata["different"].value) == (False, 1)
+    assert world.items().keys() == {key("different")}
+
+
+def test_every_column_of_the_table_is_described(world: World) -> None:
+    spec = item_assets(world.clickhouse.settings).asset.get_asset_spec()
+    schema: Any = spec.metadata["dagster/column_schema"]
+    described = {column.name: column.description for column in schema.columns}
+    rows = world.connection.execute(
+        "SELECT column_name FROM information_schema.columns"
+        " WHERE table_schema = 'public' AND table_name = 'items'"
+    )
+    assert described.keys() == {name for (name,) in rows}
+    assert all(described.values())
+    assert (spec.group_name, spec.kinds) == ("items", {"postgres", "clickhouse"})

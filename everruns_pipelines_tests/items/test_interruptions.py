@@ -1,0 +1,211 @@
+"""Rebuilds that are killed, that meet each other or the platform's own writers; dry runs."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from everruns_pipelines.items.rebuild import Rebuilt
+from everruns_pipelines_tests.items.world import Span, World, envelope, key
+
+_COUNT = 40
+
+
+def _many(world: World) -> None:
+    links = [{"target_ref": "r0", "relationship": "after"}]
+    world.add(
+        *(Span([envelope(str(n), ref=f"r{n}", links=links)], name=str(n)) for n in range(_COUNT))
+    )
+
+
+def test_a_dry_run_tells_what_would_change_and_writes_nothing_at_all(world: World) -> None:
+    world.post("changed", title="edited", ref="known")
+    world.post("same")
+    links = [{"target_ref": ref, "relationship": "x"} for ref in ("known", "new", "never")]
+    world.add(
+        Span(
+            [
+                envelope("changed", ref="known"),
+                envelope("same"),
+                envelope("new", ref="new", links=links),
+                envelope("bad", title="x" * 513),
+            ]
+        )
+    )
+    before = world.items()
+    would = world.rebuild(dry_run=True)
+    assert world.items() == before
+    assert world.links() == set()
+    schemas = world.connection.execute(
+        "SELECT FROM pg_namespace WHERE nspname = 'everruns_pipelines'"
+    ).fetchall()
+    assert schemas == []
+    did = world.rebuild()
+    assert would.counts() == did.counts()
+    assert (did.inserted, did.refreshed, did.unchanged, did.rejected) == (1, 1, 1, 1)
+    assert (did.links_created, did.links_unresolved) == (2, 1)
+
+
+_REBUILD = """
+import sys
+import everruns_pipelines.items.rebuild as module
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.settings import Settings
+
+settings = Settings.from_environment()
+module.BATCH_SIZE = 7
+module.rebuild(
+    PostgresResource(settings),
+    ClickHouseResource(settings),
+    RebuildRequest("acme", "red", "webapp", sys.argv[1]),
+    lambda message: print(message, flush=True),
+)
+"""
+
+
+def test_a_rebuild_killed_between_batches_leaves_whole_ones_and_the_next_does_the_rest(
+    world: World,
+) -> None:
+    _many(world)
+    settings = world.clickhouse.settings
+    assert settings.postgres_url is not None
+    assert settings.clickhouse_dsn is not None
+    # The third batch waits for a lock that we hold: the rebuild is killed in its midst.
+    with world.postgres.connect() as other, other.transaction():
+        last = world.connection.execute(
+            "INSERT INTO items (organization_id, project_id, item_type, data, source, dedupe_key)"
+            " SELECT organization_id, projects.id, 'x', '{}', 'runtime', %s"
+            " FROM projects JOIN item_workspaces ON item_workspaces.id = workspace_id"
+            " RETURNING id",
+            [key("17")],
+        ).fetchone()
+        other.execute("SELECT FROM items WHERE id = %s FOR UPDATE", last)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _REBUILD, Span().session or ""],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                "EVERRUNS_POSTGRES_URL": settings.postgres_url.get_secret_value(),
+                "EVERRUNS_CLICKHOUSE_DSN": settings.clickhouse_dsn.get_secret_value(),
+            },
+        )
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line == "14 items done\n":
+                    break
+            process.kill()
+        world.connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+    assert len(world.items()) == 14 + 1
+    done = world.rebuild()
+    assert (done.unchanged, done.refreshed, done.inserted) == (14, 1, _COUNT - 15)
+    assert len(world.links()) == _COUNT
+    assert world.rebuild().unchanged == _COUNT
+
+
+def _together(*actions: Any) -> Sequence[Rebuilt | Exception]:
+    answers: list[Rebuilt | Exception] = []
+
+    def run(action: Any) -> None:
+        try:
+            answers.append(action())
+        except Exception as error:
+            answers.append(error)
+
+    threads = [threading.Thread(target=run, args=[action]) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_two_rebuilds_of_one_session_at_once_both_succeed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everruns_pipelines.items.rebuild.BATCH_SIZE", 7)
+    _many(world)
+    done = _together(world.rebuild, world.rebuild, world.rebuild_day)
+    assert all(isinstance(one, Rebuilt) for one in done)
+    assert sorted(one.inserted for one in done if isinstance(one, Rebuilt)) == [0, 0, _COUNT]
+    assert len(world.items()) == _COUNT
+    assert len(world.links()) == _COUNT
+
+
+def test_a_rebuild_waits_for_another_and_says_so(world: World) -> None:
+    world.add(Span([envelope("one")]))
+    project = world.connection.execute("SELECT id::text FROM projects").fetchone()
+    assert project is not None
+    lock = [f"everruns_pipelines.items {project[0]}"]
+    world.connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", lock)
+
+    def tell(message: str) -> None:
+        world.log.append(message)
+        if message.startswith("Waiting"):
+            world.connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", lock)
+
+    waiting = World(world.postgres, world.clickhouse, world.connection, _Log(tell))
+    assert waiting.rebuild().inserted == 1
+    assert any("another rebuild of project" in message for message in world.log)
+
+
+class _Log(list[str]):
+    def __init__(self, tell: Any) -> None:
+        super().__init__()
+        self.append = tell
+
+
+@pytest.mark.parametrize("column", ["dedupe_key", "ref"])
+def test_a_post_that_comes_between_is_met_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """Between a batch's plan and its insert the platform stores the item, or takes its ref."""
+    world.add(Span([envelope("one", ref="web-1"), envelope("two")]))
+    import everruns_pipelines.items.rebuild as module
+
+    original = module._read
+    posted: list[Any] = []
+
+    def read(name: str) -> Any:
+        if name == "insert.sql" and not posted:
+            name_of_it = "one" if column == "dedupe_key" else "another"
+            posted.append(world.post(name_of_it, ref="web-1"))
+        return original(name)
+
+    monkeypatch.setattr(module, "_read", read)
+    done = world.rebuild()
+    if column == "dedupe_key":
+        assert (done.inserted, done.processed, done.rejected) == (1, 2, 0)
+        assert world.items()[key("one")]["source"] == "runtime"
+    else:
+        assert (done.inserted, done.processed, done.rejected) == (1, 1, 1)
+        assert world.reasons() == {key("one"): "ref_conflict"}
+    assert len(posted) == 1
+
+
+def test_a_role_that_may_not_make_our_schema_is_told_so(world: World) -> None:
+    world.add(Span([envelope("one")]))
+    world.connection.execute("DROP ROLE IF EXISTS meek")
+    world.connection.execute("CREATE ROLE meek")
+    world.connection.execute("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO meek")
+    import psycopg
+
+    from everruns_pipelines.errors import Refusal
+    from everruns_pipelines.items.rebuild import ensure_schema
+
+    with psycopg.connect(world.postgres.url, autocommit=True) as connection:
+        connection.execute("SET ROLE meek")
+        with pytest.raises(Refusal, match="everruns-pipelines init") as raised:
+            ensure_schema(connection)
+    world.connection.execute("DROP OWNED BY meek")
+    world.connection.execute("DROP ROLE meek")
+    assert raised.value.code == "permission_denied"
+    assert world.items() == {}

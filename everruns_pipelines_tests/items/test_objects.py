@@ -1,0 +1,153 @@
+"""Offloaded envelopes: counted, told, and recovered where the store may be read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines_tests.items.world import (
+    OTHER_SESSION,
+    Row,
+    Span,
+    World,
+    envelope,
+    key,
+    name_id,
+    offloaded,
+)
+
+
+def _at(world: World, url: str) -> World:
+    settings = world.clickhouse.settings.model_copy(update={"object_store_url": url})
+    return World(world.postgres, ClickHouseResource(settings), world.connection, world.log)
+
+
+def _offloaded(name: str, uri: str) -> Row:
+    return {**offloaded(uri), "key": key(name)}
+
+
+def test_an_offloaded_item_is_counted_and_told(world: World) -> None:
+    world.add(Span(objects=[_offloaded("one", "s3://bucket/one"), _offloaded("two", "")]))
+    done = world.rebuild()
+    assert (done.processed, done.rejected, done.offloaded) == (0, 0, 2)
+    assert world.reasons() == {key("one"): "offloaded", key("two"): "offloaded"}
+
+
+def test_an_offloaded_item_is_recovered_from_a_directory(world: World, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (store / "cas").mkdir(parents=True)
+    bodies: dict[str, Any] = {
+        "sound": envelope("sound", session_id=None),
+        "bad": envelope("bad", title="x" * 513),
+        "other": envelope("somebody else's"),
+        "list": [1],
+    }
+    for name, body in bodies.items():
+        (store / "cas" / name).write_text(json.dumps(body))
+    (store / "cas" / "broken").write_text('{"dedupe_key": NaN')
+    names = (*bodies, "broken", "gone")
+    world.add(Span(objects=[_offloaded(name, f"file://{store}/cas/{name}") for name in names]))
+    world.rebuild()
+    assert set(world.reasons().values()) == {"offloaded"}
+    done = _at(world, f"file://{store}").rebuild()
+    assert (done.inserted, done.rejected, done.offloaded) == (1, 3, 1)
+    assert world.items().keys() == {key("sound")}
+    assert world.reasons() == {
+        key("bad"): "invalid_field",
+        key("somebody else's"): "invalid_field",
+        key("broken"): "invalid_json",
+        key("gone"): "offloaded",
+    }
+
+
+def test_a_uri_is_untrusted_input(world: World, tmp_path: Path) -> None:
+    store, outside = tmp_path / "store", tmp_path / "store-of-others"
+    for directory in (store, outside):
+        directory.mkdir()
+    (outside / "secret").write_text(json.dumps(envelope("one")))
+    (store / "link").symlink_to(outside / "secret")
+    rival = name_id("rival")
+    world.add_project(
+        "other", name_id("o"), workspace=("blue", name_id("blue")), organization=("rival", rival)
+    )
+    for directory in (rival, name_id("blue")):
+        (store / str(directory)).mkdir()
+        (store / str(directory) / "theirs").write_text(json.dumps(envelope("one")))
+    uris = [
+        f"file://{outside}/secret",
+        f"file://{store}/../store-of-others/secret",
+        f"file://{store}/./secret",
+        f"file://{store}/%2e%2e/store-of-others/secret",
+        f"file://{store}/link",
+        f"file://{store}/{rival}/theirs",
+        f"file://{store}/{str(name_id('blue')).upper()}/theirs",
+        f"file://{store}//etc/passwd",
+        f"file://{store}/x?y",
+        f"file://{store}/*",
+        f"{store}/link",
+        "s3://bucket/x",
+        f"simplecache::file://{store}/x",
+        "",
+    ]
+    world.add(Span(objects=[_offloaded(str(number), uri) for number, uri in enumerate(uris)]))
+    done = _at(world, f"file://{store}").rebuild()
+    assert (done.processed, done.offloaded) == (0, len(uris))
+    assert not any("secret" in str(row["detail"]) for row in world.rejections())
+
+
+def test_an_offloaded_envelope_of_another_session_is_judged_once_it_is_read(
+    world: World, tmp_path: Path
+) -> None:
+    for name, session in (("mine", Span().session), ("theirs", OTHER_SESSION)):
+        (tmp_path / name).write_text(json.dumps(envelope(name, session_id=session)))
+    world.add(
+        Span(name="of the session"),
+        Span(
+            objects=[_offloaded(name, f"file://{tmp_path}/{name}") for name in ("mine", "theirs")],
+            name="of another",
+            session=OTHER_SESSION,
+        ),
+    )
+    assert world.rebuild().offloaded == 0
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.inserted, done.out_of_scope) == (1, 1)
+    assert world.items().keys() == {key("mine")}
+
+
+def test_a_store_without_its_library_is_refused(world: World) -> None:
+    with pytest.raises(Refusal, match="EVERRUNS_OBJECT_STORE_URL"):
+        _at(world, "nosuch://bucket").rebuild()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3-compatible server in this process; its bucket's prefix."""
+    from moto.server import ThreadedMotoServer
+
+    server: Any = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "made")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "up")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    yield "s3://bucket/prefix"
+    server.stop()
+
+
+def test_an_offloaded_item_is_recovered_from_s3(world: World, s3: str) -> None:
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]
+
+    filesystem: Any = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.mkdir("bucket")
+    large = envelope("large", data={"text": "x" * 2_000_000})
+    filesystem.pipe_file("bucket/prefix/cas/large", json.dumps(large).encode())
+    uris = {"large": f"{s3}/cas/large", "gone": f"{s3}/cas/gone", "far": "s3://bucket/cas/large"}
+    world.add(Span(objects=[_offloaded(name, uri) for name, uri in uris.items()]))
+    done = _at(world, s3).rebuild()
+    assert (done.inserted, done.offloaded) == (1, 2)
+    assert world.items()[key("large")]["data"] == large["data"]
