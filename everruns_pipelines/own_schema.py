@@ -13,15 +13,15 @@ def ensure(connection: Connection, table: LiteralString, script: LiteralString) 
     """Run `script`, which makes `table` and what goes with it, unless it has been run as it is.
 
     Raises:
-        Refusal: it is to be run, and the role may not.
+        Refusal: it is to be run, and the role may not, or may not see what it made.
     """
     version = sha256(script.encode()).hexdigest()[:16]
-    found = connection.execute(
-        "SELECT obj_description(to_regclass(%s), 'pg_class')", [table]
-    ).fetchone()
-    if found == (version,):
-        return
     try:
+        found = connection.execute(
+            "SELECT obj_description(to_regclass(%s), 'pg_class')", [table]
+        ).fetchone()
+        if found == (version,):
+            return
         with transaction(connection):
             # Two first runs at once: CREATE ... IF NOT EXISTS is not safe against itself.
             connection.execute("SELECT pg_advisory_xact_lock(hashtext('everruns_pipelines'))")
@@ -31,7 +31,7 @@ def ensure(connection: Connection, table: LiteralString, script: LiteralString) 
             )
     except errors.InsufficientPrivilege:
         raise Refusal(
-            f"{table} is missing or outdated, and this role may not make it: "
+            f"{table} is missing, outdated or closed to this role, which may not make it: "
             "run `everruns-pipelines init` as a role that may",
             code="permission_denied",
             status=503,

@@ -3,6 +3,7 @@
 The platform's tables are the user's. What is our own stands in `schema.sql`, and is made on demand.
 """
 
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import LiteralString, cast
 
@@ -42,6 +43,8 @@ _OUTBOX = (
     "id org_id source_type source_id source_version reason status attempts next_attempt_at "
     "last_error claimed_at created_at updated_at"
 )
+_WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
+_OWN_TABLES = ("everruns_pipelines.fact_rejections", "everruns_pipelines.outbox_claims")
 
 
 def needed_columns() -> dict[str, list[str]]:
@@ -62,6 +65,7 @@ def prepare(connection: Connection) -> None:
     """
     check_platform(connection)
     ensure_schema(connection)
+    _refuse_privileges(connection, _OWN_TABLES, _OWN_TABLES)
 
 
 def check_platform(connection: Connection) -> None:
@@ -83,7 +87,7 @@ def check_platform(connection: Connection) -> None:
         "The database lacks {}: it must be the platform's, with all migrations applied",
         "incompatible_schema",
     )
-    _refuse_if(_missing_privileges(connection), "The database role lacks {}", "permission_denied")
+    _refuse_privileges(connection, needed_columns(), _WRITTEN)
 
 
 def require_org(connection: Connection, org_id: int) -> None:
@@ -138,9 +142,8 @@ def _missing_columns(connection: Connection) -> list[str]:
     return missing
 
 
-def _missing_privileges(connection: Connection) -> list[str]:
-    written = ["reporting_outbox", *(fact.table for fact in FACTS)]
-    wanted = [(table, "SELECT") for table in needed_columns()]
+def _refuse_privileges(connection: Connection, read: Iterable[str], written: Iterable[str]) -> None:
+    wanted = [(table, "SELECT") for table in read]
     wanted += [(table, right) for table in written for right in ("INSERT", "UPDATE", "DELETE")]
     rows = connection.execute(
         "SELECT privilege, wanted_table FROM unnest(%s::text[], %s::text[])"
@@ -148,4 +151,5 @@ def _missing_privileges(connection: Connection) -> list[str]:
         " WHERE NOT has_table_privilege(wanted_table, privilege)",
         [[table for table, _ in wanted], [right for _, right in wanted]],
     )
-    return [f"{right} on {table}" for right, table in rows]
+    lacking = [f"{right} on {table}" for right, table in rows]
+    _refuse_if(lacking, "The database role lacks {}", "permission_denied")
