@@ -5,13 +5,12 @@
 -- type, the first of every type before the second of any, so that each type gets its fair share
 -- of the limit or all that it misses.
 CREATE TEMPORARY TABLE chosen ON COMMIT DROP AS
-WITH versioned AS (
-    -- A session's version is the time of its last change; everything else has one version, its id.
+WITH changed_sessions AS (
+    -- The version of a session is the time of its last change.
     SELECT
         missing.*,
         session.updated_at,
         CASE
-            WHEN session.id IS NULL THEN missing.source_id
             WHEN NOT isfinite(session.updated_at) THEN session.updated_at::text
             ELSE to_char(
                 session.updated_at AT TIME ZONE 'UTC',
@@ -24,43 +23,60 @@ WITH versioned AS (
             )
         END AS version
     FROM pg_temp.missing
-    LEFT JOIN sessions AS session
-        ON missing.source_type = 'session' AND session.id = missing.source_id::uuid
-)
-SELECT source_type, org_id, source_id, source_version, reason, at
-FROM (
+    JOIN sessions AS session ON session.id = missing.source_id::uuid
+    WHERE missing.source_type = 'session'
+),
+queueable_sessions AS (
     SELECT
-        versioned.*,
-        CASE WHEN queued.status = 'completed' THEN queued.source_version ELSE version END
-            AS source_version,
-        row_number() OVER (PARTITION BY versioned.source_type ORDER BY at, versioned.source_id)
-            AS place
-    FROM versioned
+        session.*,
+        CASE WHEN newest.status = 'completed' THEN newest.source_version ELSE version END
+            AS source_version
+    FROM changed_sessions AS session
     LEFT JOIN LATERAL (
         SELECT
-            outbox.source_version,
-            outbox.status,
-            outbox.next_attempt_at,
+            outbox.*,
             CASE
                 WHEN pg_input_is_valid(outbox.source_version, 'timestamptz')
                     THEN outbox.source_version::timestamptz
             END AS version_time
         FROM reporting_outbox AS outbox
-        WHERE outbox.org_id = versioned.org_id
-            AND outbox.source_type = versioned.source_type
-            AND outbox.source_id = versioned.source_id
-            AND outbox.reason = versioned.reason
-            AND (updated_at IS NOT NULL OR outbox.source_version = version)
+        WHERE outbox.org_id = session.org_id
+            AND outbox.source_type = session.source_type
+            AND outbox.source_id = session.source_id
+            AND outbox.reason = session.reason
         ORDER BY version_time DESC NULLS LAST, outbox.created_at DESC, outbox.id DESC
         LIMIT 1
-    ) AS queued ON true
-    WHERE queued.status IS NULL
-        OR queued.status = 'completed'
+    ) AS newest ON true
+    WHERE newest.status IS NULL
+        OR newest.status = 'completed'
         -- Parked, but the session has changed since: that state has not been tried yet.
-        OR queued.status = 'failed'
-            AND queued.next_attempt_at = 'infinity'
-            AND queued.version_time < updated_at
-) AS queueable
+        OR newest.status = 'failed'
+            AND newest.next_attempt_at = 'infinity'
+            AND newest.version_time < session.updated_at
+),
+queueable AS (
+    SELECT source_type, reason, org_id, source_id, at, source_version
+    FROM queueable_sessions
+    UNION ALL
+    -- Everything else has one version, its id.
+    SELECT missing.*, missing.source_id
+    FROM pg_temp.missing
+    LEFT JOIN reporting_outbox AS outbox
+        ON outbox.org_id = missing.org_id
+        AND outbox.source_type = missing.source_type
+        AND outbox.source_id = missing.source_id
+        AND outbox.source_version = missing.source_id
+        AND outbox.reason = missing.reason
+    WHERE missing.source_type <> 'session'
+        AND (outbox.status IS NULL OR outbox.status = 'completed')
+)
+SELECT *
+FROM (
+    SELECT
+        queueable.*,
+        row_number() OVER (PARTITION BY source_type ORDER BY at, source_id) AS place
+    FROM queueable
+) AS placed
 ORDER BY place, source_type
 LIMIT %(limit)s
 
