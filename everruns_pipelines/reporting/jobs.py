@@ -5,6 +5,7 @@ See https://docs.dagster.io/guides/build/jobs.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -14,7 +15,8 @@ from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
-from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.backfill import check as check_request
+from everruns_pipelines.reporting.database import check_platform, prepare
 from everruns_pipelines.reporting.drain import LARGEST_BATCH, Drained, check, drain_in_parallel
 
 # On runs that project what is due, so that they can be found.
@@ -64,6 +66,9 @@ def enqueue_op(
     """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
     request = BackfillRequest(config.limit, config.org_id, config.source_types, config.dry_run)
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+        check_platform(connection)
+        check_request(connection, request)
+        check(connection, **_config_of_project(context))
         prepare(connection)
         context.log.info("Looking for sources whose facts are missing or stale")
         counts = enqueue(connection, request)
@@ -89,13 +94,14 @@ def project_op(
 ) -> dict[str, int]:
     """Project what is due in the outbox into the facts, batch by batch."""
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
-        prepare(connection)
+        check_platform(connection)
         check(
             connection,
             org_id=config.org_id,
             batch_size=config.batch_size,
             max_rows=config.max_rows,
         )
+        prepare(connection)
         drained = Drained()
         try:
             for batch in drain_in_parallel(
@@ -110,6 +116,12 @@ def project_op(
             _report(context, postgres, drained)
     context.add_output_metadata(drained.result())
     return drained.result()
+
+
+def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
+    """What the op `project` of this run is given: refused before anything is enqueued."""
+    given: dict[str, Any] = context.run.run_config.get("ops", {}).get("project", {})
+    return {name: n for name, n in given.get("config", {}).items() if isinstance(n, int)}
 
 
 def _progress(connection: Connection, drained: Drained) -> str:

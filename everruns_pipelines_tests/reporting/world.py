@@ -115,7 +115,8 @@ class World:
 
     def tool_call(self, org_id: int, **columns: Any) -> UUID:
         """A session's event with its outbox row; answers the outbox row."""
-        return self.enqueue(org_id, "event", self.event(self.session(org_id)), **columns)
+        event = self.event(self.session(org_id))
+        return self.enqueue(org_id, "event", event, str(event), **columns)
 
     def _insert(self, table: str, **columns: Any) -> UUID:
         query = sql.SQL("INSERT INTO {} ({}) VALUES ({}) RETURNING id").format(

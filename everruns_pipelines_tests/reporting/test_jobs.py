@@ -1,0 +1,320 @@
+"""The jobs: what they answer, what they report, and what they refuse."""
+
+from datetime import timedelta
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
+from everruns_pipelines_tests.reporting.recompute import differences
+from everruns_pipelines_tests.reporting.world import (
+    DAY,
+    NOON,
+    World,
+    enqueue_all,
+    outbox,
+    rows,
+    value,
+    versions,
+)
+
+ENQUEUED = {"enqueued", "events", "llm_generations", "sessions", "usage_ledger"}
+PROJECTED = {"claimed", "completed", "failed", "parked"}
+SECRET = "hunter2 is the password"
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"reporting_start": DAY})
+
+
+class Run:
+    """A run in this process, and what the instance has recorded of it."""
+
+    def __init__(self, settings: Settings, job: str, ops: dict[str, Any] | None = None) -> None:
+        self.instance = dg.DagsterInstance.ephemeral()
+        config = {name: {"config": values} for name, values in (ops or {}).items()}
+        self.result = (
+            build_definitions(settings)
+            .get_job_def(job)
+            .execute_in_process(
+                run_config={"ops": config}, instance=self.instance, raise_on_error=False
+            )
+        )
+
+    def output(self, op: str) -> dict[str, Any]:
+        """The metadata of an op's output, as GraphQL gives it back."""
+        [metadata] = [
+            event.step_output_data.metadata
+            for event in self.result.events_for_node(op)
+            if event.is_successful_output and event.step_output_data.metadata
+        ]
+        return {name: entry.value for name, entry in metadata.items()}
+
+    def steps(self) -> set[str | None]:
+        return {event.step_key for event in self.result.get_step_success_events()}
+
+    def error(self) -> str:
+        [error, *_] = [
+            event.step_failure_data.error
+            for event in self.result.all_node_events
+            if event.is_step_failure
+        ]
+        assert error is not None
+        return error.message
+
+    def log(self) -> str:
+        logged = self.instance.all_logs(self.result.run_id)
+        return "\n".join(f"{entry!r} {entry.user_message}" for entry in logged)
+
+    def materialized(self) -> dict[tuple[str, str | None], dict[str, Any]]:
+        """Metadata of what was reported materialized, by fact and day."""
+        return {
+            (event.asset_key.to_user_string(), event.partition): {
+                name: entry.value for name, entry in event.materialization.metadata.items()
+            }
+            for event in self.result.all_events
+            if event.is_step_materialization and event.asset_key is not None
+        }
+
+
+def everything(connection: Connection) -> list[Any]:
+    """What a refused request must leave as it is."""
+    queue = rows(connection, "SELECT xmin::text, outbox FROM reporting_outbox AS outbox ORDER BY 2")
+    schema = value(connection, "SELECT to_regnamespace('everruns_pipelines') IS NULL")
+    return [queue, sorted(versions(connection)), schema]
+
+
+def test_a_backfill_answers_exactly_the_keys_of_the_interface_and_drains_what_it_enqueued(
+    connection: Connection, settings: Settings
+) -> None:
+    load_adversarial_sources(connection, seed=11, sessions=6, events_per_session=10)
+
+    run = Run(settings, "backfill_reporting", {"enqueue": {"limit": 10_000}})
+
+    assert run.result.success
+    enqueued, projected = run.output("enqueue"), run.output("project")
+    assert enqueued.keys() == ENQUEUED
+    assert enqueued == run.result.output_for_node("enqueue", "result")
+    assert enqueued["enqueued"] == sum(enqueued[key] for key in ENQUEUED - {"enqueued"}) > 0
+    assert projected == run.result.output_for_node("project")
+    assert projected == {
+        "claimed": enqueued["enqueued"],
+        "completed": enqueued["enqueued"],
+        "failed": 0,
+        "parked": 0,
+    }
+    assert differences(connection) == []
+
+
+def test_a_dry_run_counts_writes_nothing_and_drains_nothing(
+    world: World, settings: Settings
+) -> None:
+    world.tool_call(world.org())
+    before = everything(world.connection)
+
+    run = Run(settings, "backfill_reporting", {"enqueue": {"dry_run": True}})
+
+    assert run.result.success
+    assert run.output("enqueue") == {
+        "enqueued": 1,
+        "events": 0,
+        "llm_generations": 0,
+        "sessions": 1,
+        "usage_ledger": 0,
+    }
+    assert run.steps() == {"enqueue"}
+    assert everything(world.connection) == before
+
+
+def test_a_backfill_with_max_rows_0_enqueues_only(world: World, settings: Settings) -> None:
+    world.event(world.session(world.org()))
+
+    run = Run(settings, "backfill_reporting", {"project": {"max_rows": 0}})
+
+    assert run.output("enqueue")["enqueued"] == 2
+    assert run.output("project") == dict.fromkeys(PROJECTED, 0)
+    status = "SELECT status, count(*) FROM reporting_outbox GROUP BY 1"
+    assert rows(world.connection, status) == [("pending", 2)]
+    assert versions(world.connection) == set()
+
+
+def test_projecting_answers_exactly_the_keys_of_the_interface(
+    world: World, settings: Settings
+) -> None:
+    org = world.org()
+    world.tool_call(org)
+    world.enqueue(org, "event", "no uuid")
+    world.enqueue(org, "event", "none either", attempts=11)
+
+    run = Run(settings, "project_reporting")
+
+    assert run.output("project") == {"claimed": 3, "completed": 1, "failed": 2, "parked": 1}
+    assert run.output("project").keys() == PROJECTED
+
+
+def test_projecting_keeps_to_the_organization_and_the_number_of_rows(
+    world: World, settings: Settings
+) -> None:
+    ours, theirs = world.org(), world.org()
+    for org in (ours, ours, ours, theirs):
+        world.tool_call(org)
+
+    run = Run(
+        settings, "project_reporting", {"project": {"org_id": ours, "max_rows": 2, "batch_size": 1}}
+    )
+
+    assert run.output("project")["completed"] == 2
+    left = rows(
+        world.connection,
+        "SELECT org_id, count(*) FROM reporting_outbox WHERE status = 'pending' GROUP BY 1",
+    )
+    assert sorted(left) == [(ours, 1), (theirs, 1)]
+
+
+def test_each_fact_and_day_that_was_touched_is_reported_as_materialized(
+    world: World, settings: Settings
+) -> None:
+    org = world.org()
+    session = world.session(org)
+    world.event(session, data={"capability_id": "c"})
+    world.event(session, ts=NOON + timedelta(days=2))
+    world.event(session, ts=NOON - timedelta(days=3))
+    world.posting(org)
+    enqueue_all(world.connection)
+
+    run = Run(settings, "project_reporting")
+
+    # The day before the first partition is not among them.
+    assert run.materialized().keys() == {
+        ("fact_session", "2026-03-01"),
+        ("fact_tool_call", "2026-03-01"),
+        ("fact_tool_call", "2026-03-03"),
+        ("fact_capability_usage", "2026-03-01"),
+        ("fact_budget_posting", "2026-03-01"),
+    }
+    assert run.materialized()["fact_tool_call", "2026-03-03"] == {
+        "read": 1,
+        "inserted": 1,
+        "refreshed": 0,
+        "unchanged": 0,
+        "removed": 0,
+        "rejected": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "field", "bad"),
+    [
+        ("enqueue", "limit", 0),
+        ("enqueue", "limit", -1),
+        ("enqueue", "limit", 10_001),
+        ("enqueue", "source_types", ["event", "unknown"]),
+        ("enqueue", "source_types", []),
+        ("enqueue", "org_id", 4_711),
+        ("project", "org_id", 4_711),
+        ("project", "batch_size", 0),
+        ("project", "max_rows", -1),
+    ],
+)
+def test_bad_config_is_one_clear_error_with_the_field_and_changes_nothing(
+    connection: Connection, settings: Settings, op: str, field: str, bad: Any
+) -> None:
+    world = World(connection)
+    org = world.org()
+    due = world.enqueue(org, "event", world.event(world.session(org)))
+    before = everything(connection)
+
+    run = Run(settings, "backfill_reporting", {op: {field: bad}})
+
+    assert not run.result.success
+    assert f"Failure: {field}: expected " in run.error() or f"{field}: there is no" in run.error()
+    assert everything(connection) == before
+    assert outbox(connection, due, "status", "attempts") == ("pending", 0)
+
+
+def test_a_value_of_the_wrong_type_is_refused_before_the_run(
+    connection: Connection, settings: Settings
+) -> None:
+    with pytest.raises(dg.DagsterInvalidConfigError, match="limit"):
+        Run(settings, "backfill_reporting", {"enqueue": {"limit": "many"}})
+
+
+@pytest.mark.parametrize("job", ["backfill_reporting", "project_reporting"])
+def test_a_database_that_lacks_a_column_is_one_clear_error(
+    connection: Connection, settings: Settings, job: str
+) -> None:
+    connection.execute("ALTER TABLE fact_turn RENAME iterations TO other")
+    before = everything(connection)
+
+    run = Run(settings, job)
+
+    assert not run.result.success
+    assert "The database lacks column fact_turn.iterations" in run.error()
+    assert everything(connection) == before
+
+
+def test_no_payload_and_no_password_is_in_any_event_of_a_run_that_fails(
+    world: World, settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    connection = world.connection
+    org = world.org()
+    session = world.session(org)
+    world.event(session, data={"tool_name": SECRET, "arguments": SECRET, "capability_id": None})
+    world.event(session, "turn.completed", data={"turn_id": SECRET, "duration_ms": "9" * 40})
+    enqueue_all(connection)
+    connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'writing is refused' USING DETAIL = NEW::text, HINT = NEW::text,"
+        " ERRCODE = 'object_not_in_prerequisite_state'; END $$"
+    )
+    connection.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON fact_turn FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+
+    run = Run(settings, "project_reporting")
+
+    assert not run.result.success
+    assert "PostgreSQL failed: writing is refused" in run.error()
+    captured = capfd.readouterr()
+    for text in (run.log(), captured.out, captured.err):
+        assert SECRET not in text
+    status = rows(connection, "SELECT DISTINCT status, attempts FROM reporting_outbox")
+    assert status == [("pending", 0)]
+
+
+def test_no_payload_is_in_any_event_of_a_run_whose_rows_fail(
+    world: World, settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    id_ = world.tool_call(world.org())
+    world.enqueue(1, "event", SECRET)
+    world.connection.execute(
+        "ALTER TABLE fact_tool_call ADD CONSTRAINT never CHECK (tool_status = '') NOT VALID"
+    )
+    world.event(world.session(world.org()), data={"tool_name": SECRET})
+
+    run = Run(settings, "project_reporting")
+
+    assert run.output("project")["failed"] == 2
+    assert outbox(world.connection, id_, "last_error") == ("CheckViolation: never",)
+    captured = capfd.readouterr()
+    for text in (run.log(), captured.out, captured.err):
+        assert SECRET not in text
+
+
+def test_a_database_that_cannot_be_reached_is_one_clear_error_without_the_password() -> None:
+    settings = Settings.from_environment(
+        {"EVERRUNS_POSTGRES_URL": "postgresql://user:hunter2@127.0.0.1:1/nothing"}
+    )
+
+    with pytest.raises(Refusal) as refused, PostgresResource(settings).connect():
+        pass
+
+    assert refused.value.code == "unavailable"
+    assert "EVERRUNS_POSTGRES_URL" in refused.value.detail
+    assert "hunter2" not in refused.value.detail
