@@ -88,7 +88,26 @@ def _parser() -> argparse.ArgumentParser:
     project = command("project", _project, "project what is due in the outbox")
     project.add_argument("--org-id", type=int, help="one organization; all if not given")
     project.add_argument("--max-rows", type=int, help="until nothing is due if not given")
-    for added in (backfill, project):
+    rebuild = command("rebuild", _rebuild, "bring items back to what their spans say")
+    rebuild.set_defaults(rendered=Refusal.as_items_error)
+    rebuild.add_argument("--organization", required=True, help="slug or UUID")
+    rebuild.add_argument("--workspace", required=True, help="slug or UUID")
+    rebuild.add_argument("--project", required=True, help="slug or UUID")
+    rebuild.add_argument("--session-id", help="a UUID; needed unless runs are given")
+    rebuild.add_argument(
+        "--run-id",
+        action="append",
+        dest="run_ids",
+        help="a run id, or a trace id as 32 hex digits; repeatable",
+    )
+    rebuild.add_argument("--dry-run", action="store_true", help="count only, write nothing")
+    diagnose = command("diagnose", _diagnose, "what is missing, stale, failing or waiting")
+    diagnose.add_argument("--days", type=int, default=7, help="days to compare, default 7")
+    diagnose.add_argument("--json", action="store_true", help="one JSON object, not tables")
+    command("doctor", _doctor, "whether everything is in place, and what to do if not")
+    dev = command("dev", _dev, "Dagster's UI and daemon on this machine")
+    dev.add_argument("--port", type=int, default=3000, help="port on 127.0.0.1, default 3000")
+    for added in (backfill, project, rebuild):
         added.add_argument("--verbose", action="store_true", help="tell all that was counted")
         added.add_argument("--url", help="run it in the deployment at http://host:port, not here")
     return parser
@@ -101,11 +120,13 @@ def _demo(_: argparse.Namespace, settings: Settings) -> None:
 
 
 def _init(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    from everruns_pipelines.items.rebuild import ensure_schema
     from everruns_pipelines.postgres import PostgresResource
     from everruns_pipelines.reporting import database
 
     with PostgresResource(settings).connect() as connection:
         database.prepare(connection)
+        ensure_schema(connection)
         if options.indexes:
             database.create_indexes(connection)
     return {"schema": "everruns_pipelines", "indexes": options.indexes}
@@ -141,6 +162,68 @@ def _project(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         check(connection, org_id=options.org_id, max_rows=options.max_rows)
     ops = {"project": {"org_id": options.org_id, "max_rows": options.max_rows}}
     return _run_job(options, settings, "project_reporting", ops)["project"]
+
+
+def _rebuild(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    from everruns_pipelines.items.scope import RebuildRequest, resolve_project
+
+    request = RebuildRequest(
+        options.organization,
+        options.workspace,
+        options.project,
+        options.session_id,
+        tuple(options.run_ids or ()),
+        options.dry_run,
+    )
+    request.check()
+    if options.url is None:
+        from everruns_pipelines.items.rebuild import check_platform
+        from everruns_pipelines.postgres import PostgresResource
+
+        with PostgresResource(settings).connect() as connection:
+            check_platform(connection)
+            resolve_project(connection, request)
+    config = {
+        "organization": options.organization,
+        "workspace": options.workspace,
+        "project": options.project,
+        "session_id": options.session_id,
+        "run_ids": options.run_ids,
+        "dry_run": options.dry_run,
+    }
+    counts = _run_job(options, settings, "rebuild_items", {"rebuild": config})["rebuild"]
+    return counts if options.verbose else {"processed": counts["processed"]}
+
+
+def _diagnose(options: argparse.Namespace, settings: Settings) -> dict[str, Any] | None:
+    from rich.console import Console
+
+    from everruns_pipelines.diagnosis import diagnose
+
+    with Console(stderr=True).status("Looking") as status:
+        diagnosis = diagnose(settings, options.days, status.update)
+    if options.json:
+        return diagnosis.as_json()
+    from everruns_pipelines.tables import show_diagnosis
+
+    show_diagnosis(diagnosis)
+    return None
+
+
+def _doctor(_: argparse.Namespace, settings: Settings) -> None:
+    from everruns_pipelines.doctor import examine
+    from everruns_pipelines.tables import show_findings
+
+    if not show_findings(examine(settings)):
+        raise RunFailure("something is to be done")
+
+
+def _dev(options: argparse.Namespace, _: Settings) -> None:
+    import os
+
+    # Takes this process over: signals reach Dagster, which ends its own children.
+    command = ["-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(options.port)]
+    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606, no shell is wanted
 
 
 @contextmanager

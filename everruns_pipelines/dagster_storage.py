@@ -23,13 +23,14 @@ class EverrunsDagsterStorage(DagsterPostgresStorage):
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:  # noqa: ARG003
         """The storage that the environment asks for; `config_value` is empty."""
         return cls(
-            postgres_url=_url(Settings.from_environment()),
+            postgres_url=storage_url(Settings.from_environment()),
             should_autocreate_tables=True,
             inst_data=inst_data,
         )
 
 
-def _url(settings: Settings) -> str:
+def storage_url(settings: Settings) -> str:
+    """SQLAlchemy's URL of the storage. Holds a password: never to be printed."""
     if settings.dagster_postgres_url is not None:
         url = settings.dagster_postgres_url.get_secret_value()
     else:

@@ -5,6 +5,7 @@ import warnings
 import dagster as dg
 
 from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.health import health_schedule, pipeline_health
 from everruns_pipelines.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.items.assets import item_assets
 from everruns_pipelines.items.automation import (
@@ -37,7 +38,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         checks = fact_checks(settings)
         items = item_assets(settings)
     return dg.Definitions(
-        assets=[*source_assets(), *assets, items.asset],
+        assets=[*source_assets(), *assets, items.asset, pipeline_health],
         asset_checks=[*checks, items.checks],
         jobs=[
             backfill_reporting,
@@ -52,6 +53,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *reporting_schedules(settings),
             *item_schedules(settings),
             housekeeping_schedule(settings),
+            health_schedule,
         ],
         resources={
             "postgres": PostgresResource(settings),
