@@ -6,8 +6,31 @@ SELECT
     NULL::text AS turn_id,
     configured.created_at,
     capability_id,
+    -- Only who asks for the name pays for it: a comparison of keys does not.
     coalesce(
-        mcp.name, skill.name, declarative.display_name, declarative.name, capability_id
+        CASE
+            WHEN starts_with(capability_id, 'mcp:')
+                AND pg_input_is_valid(substr(capability_id, 5), 'uuid')
+                THEN (
+                    SELECT name FROM mcp_servers
+                    WHERE id = substr(capability_id, 5)::uuid
+                        AND 'mcp:' || id = capability_id
+                        AND org_id = configured.org_id
+                )
+            WHEN starts_with(capability_id, 'skill:')
+                AND pg_input_is_valid(substr(capability_id, 7), 'uuid')
+                THEN (
+                    SELECT name FROM skills
+                    WHERE id = substr(capability_id, 7)::uuid
+                        AND 'skill:' || id = capability_id
+                        AND org_id = configured.org_id
+                )
+            WHEN starts_with(capability_id, 'declarative:') THEN (
+                SELECT coalesce(display_name, name) FROM declarative_capabilities
+                WHERE org_id = configured.org_id AND name = substr(capability_id, 13)
+            )
+        END,
+        capability_id
     ) AS capability_name_snapshot,
     'configured' AS capability_usage_kind,
     NULL::text AS tool_name,
@@ -37,10 +60,3 @@ FROM (
         ) AS named
     WHERE named.id <> ''
 ) AS configured
-LEFT JOIN mcp_servers AS mcp
-    ON mcp.org_id = configured.org_id AND 'mcp:' || mcp.id = capability_id
-LEFT JOIN skills AS skill
-    ON skill.org_id = configured.org_id AND 'skill:' || skill.id = capability_id
-LEFT JOIN declarative_capabilities AS declarative
-    ON declarative.org_id = configured.org_id
-    AND 'declarative:' || declarative.name = capability_id
