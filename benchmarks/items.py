@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, LiteralString
+from uuid import UUID
 
 from rich.console import Console
 from rich.table import Table
@@ -81,13 +82,13 @@ class Bench:
 
     def speed(self) -> Iterator[tuple[str, ...]]:
         """The three ways on new items and on unchanged ones."""
-        ways: dict[str, Callable[[], None]] = {
+        ways: dict[str, Callable[[], object]] = {
             "rebuild": self.rebuild,
             "by_item": self.item_by_item,
             "bare": self.bare_pipe,
         }
-        new = {name: [] for name in ways}
-        unchanged = {name: [] for name in ways}
+        new: dict[str, list[float]] = {name: [] for name in ways}
+        unchanged: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
             for name, way in ways.items():
                 self.empty()
@@ -239,8 +240,6 @@ def unescape(text: bytes) -> str:
 
 def read(clickhouse: ClickHouse, session: str, take: Callable[[bytes], object]) -> None:
     """The bytes that a rebuild of a session reads."""
-    from uuid import UUID
-
     table = SpanTable(clickhouse, "otel_traces", [PROJECT, "webapp"])
     selections: list[Selection] = list(table.of_session(UUID(session)))
     for selection in selections:
@@ -276,7 +275,7 @@ def make_noise(clickhouse: ClickHouse, start: int, number: int) -> None:
             ),
             1000000
         FROM numbers({start}, {number})
-    """)  # noqa: E501, S608 - our own constants; a literal is a literal
+    """)  # noqa: E501 - our own constants; a literal is a literal
 
 
 def make_items(
@@ -309,11 +308,11 @@ def make_items(
             4000012
         FROM numbers({number // per_span})
         SETTINGS max_block_size = 1000
-    """)  # noqa: E501, S608 - our own constants; a literal is a literal
+    """)  # noqa: E501 - our own constants; a literal is a literal
 
 
 @contextmanager
-def timed() -> Iterator[Callable[[], float]]:
+def timed() -> Generator[Callable[[], float]]:
     start = time.perf_counter()
     end: list[float] = []
     yield lambda: end[0]

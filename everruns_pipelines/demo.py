@@ -9,7 +9,16 @@ from datetime import date, timedelta
 from rich.console import Console
 from rich.table import Table
 
+from everruns_pipelines.clickhouse import ClickHouseResource
 from everruns_pipelines.embedded.sample_data import load_sample_data
+from everruns_pipelines.embedded.sample_items import (
+    LOST_SESSION,
+    ORGANIZATION,
+    PROJECT,
+    TRIAGED_SESSION,
+    WORKSPACE,
+    load_sample_items,
+)
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.local_runs import run_job
 from everruns_pipelines.postgres import Connection, PostgresResource
@@ -36,6 +45,7 @@ def demo(settings: Settings) -> None:
     console = Console(stderr=True)
     with PostgresResource(settings).connect() as connection:
         _reporting(settings, connection, console)
+        _items(settings, connection, console)
 
 
 def _reporting(settings: Settings, connection: Connection, console: Console) -> None:
@@ -66,6 +76,50 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
     console.print("\nThe result of the backfill, as the API answers it:")
     console.file.flush()
     sys.stdout.write(json.dumps(outputs["enqueue"]) + "\n")
+
+
+def _items(settings: Settings, connection: Connection, console: Console) -> None:
+    console.print()
+    with (
+        _step(console, "chDB with two agent sessions; the POSTs of most of their items failed"),
+        ClickHouseResource(settings).connect() as clickhouse,
+    ):
+        load_sample_items(connection, clickhouse)
+    _show_items(console, connection, "Items before")
+    for session in (LOST_SESSION, TRIAGED_SESSION):
+        with _step(console, f"The job rebuild_items: session {session}"):
+            counts = _rebuild(settings, session)
+        console.print(f"  {json.dumps(counts)}")
+    _show_items(console, connection, "Items after: triage untouched, titles as reported")
+    with _step(console, "The same job again: everything unchanged is a promise"):
+        again = _rebuild(settings, TRIAGED_SESSION)
+    console.print(f"  {json.dumps(again)}")
+    console.print("\nThe result of that rebuild, as the API answers it:")
+    console.file.flush()
+    sys.stdout.write(json.dumps({"processed": again["processed"]}) + "\n")
+
+
+def _rebuild(settings: Settings, session: str) -> dict[str, int]:
+    config = {
+        "organization": ORGANIZATION,
+        "workspace": WORKSPACE,
+        "project": PROJECT,
+        "session_id": session,
+    }
+    return run_job(settings, "rebuild_items", {"rebuild": config}, log_level="WARNING")["rebuild"]
+
+
+def _show_items(console: Console, connection: Connection, title: str) -> None:
+    table = Table("session", "source", "items", "triaged", "untitled", title=title)
+    rows = connection.execute(
+        "SELECT left(session_id::text, 8), source, count(*), count(disposition),"
+        " count(*) FILTER (WHERE title = 'untitled') FROM items"
+        " WHERE session_id = ANY (%s::uuid[]) GROUP BY 1, 2 ORDER BY 1, 2",
+        [[LOST_SESSION, TRIAGED_SESSION]],
+    )
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
 
 
 @contextmanager

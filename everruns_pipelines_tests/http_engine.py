@@ -57,17 +57,21 @@ def serving(clickhouse: ClickHouseResource) -> Generator[HttpEngine]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: HttpEngine
+
+    @property
+    def engine(self) -> HttpEngine:
+        assert isinstance(self.server, HttpEngine)
+        return self.server
 
     def do_POST(self) -> None:
         sent = dict(parse_qsl(urlsplit(self.path).query))
         body = self.rfile.read(int(self.headers["Content-Length"]))
         sent |= _form(self.headers["Content-Type"], body)
         query = sent.get("query") or body.decode()
-        self.server.queries.append(query)
+        self.engine.queries.append(query)
         fault = None
-        if _READS_SPANS in query and self.server.faults:
-            fault = self.server.faults.pop(0)
+        if _READS_SPANS in query and self.engine.faults:
+            fault = self.engine.faults.pop(0)
         if fault == "hang up":
             self.close_connection = True
             return
@@ -76,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)")
             return
         try:
-            answer = self.server.answer(query, bound)
+            answer = self.engine.answer(query, bound)
         except Exception as error:
             self._refuse(str(error).encode())
             return
@@ -105,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             half += b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)\n"
         self._chunk(half if fault else answer)
         if fault == "stall":
-            self.server.done.wait()
+            self.engine.done.wait()
         if fault in ("stall", "cut"):
             self.close_connection = True
             return

@@ -105,6 +105,7 @@ def test_threads_and_directories_of_one_process_take_turns(tmp_path: Path) -> No
 
 def test_the_embedded_default_makes_its_tables(tmp_path: Path) -> None:
     settings = Settings.from_environment({"EVERRUNS_HOME": str(tmp_path)})
+    tables: list[list[str]] = []
     for _ in range(2):
         with ClickHouseResource(settings).connect() as clickhouse:
             tables = clickhouse.rows("SHOW TABLES", {})

@@ -7,7 +7,6 @@ import pytest
 
 from everruns_pipelines.items.assets import item_assets
 from everruns_pipelines.items.jobs import rebuild_items
-from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines_tests.items.world import SESSION, Span, World, envelope, key
 
 _SCOPE = {"organization": "acme", "workspace": "red", "project": "webapp"}
@@ -26,17 +25,14 @@ _COUNTS = {
 @pytest.fixture
 def definitions(world: World) -> dg.Definitions:
     made = item_assets(world.clickhouse.settings)
+    define_job: Any = dg.define_asset_job  # pyright: ignore[reportUnknownMemberType]
     return dg.Definitions(
         assets=[made.asset],
         asset_checks=[made.checks],
         jobs=[
             rebuild_items,
-            dg.define_asset_job("days", selection=["items"]),
-            dg.define_asset_job(
-                "checks",
-                selection=dg.AssetSelection.all_asset_checks(),
-                partitions_def=day_partitions(world.clickhouse.settings),
-            ),
+            define_job("days", selection=["items"]),
+            define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
         ],
         resources={
             "postgres": world.postgres,
@@ -69,10 +65,10 @@ def test_the_job_returns_the_counts_and_tells_them_as_metadata(
     counts = result.output_for_node("rebuild")
     assert counts.keys() == _COUNTS
     assert (counts["processed"], counts["rejected"]) == (1, 1)
-    [output] = [
+    outputs: list[Any] = [
         event.event_specific_data for event in result.all_node_events if event.is_successful_output
     ]
-    metadata: Any = output.metadata  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    metadata = outputs[0].metadata
     assert {name: metadata[name].value for name in _COUNTS} == counts
     assert metadata["rejections"].records[0].data == {"reason": "invalid_field", "envelopes": 1}
 
@@ -108,7 +104,10 @@ def test_the_checks_find_missing_and_different_items(
 ) -> None:
     world.post("different", title="edited")
     world.add(Span([envelope("missing"), envelope("different")]))
-    result = definitions.get_job_def("checks").execute_in_process(partition_key="2026-01-01")
+    result = definitions.get_job_def("checks").execute_in_process(
+        # A partition_key is compared with the assets' days, and a run of checks has no asset.
+        tags={"dagster/partition": "2026-01-01"}
+    )
     found = {check.check_name: check for check in result.get_asset_check_evaluations()}
     missing = found["no_envelope_without_its_item"]
     different = found["no_item_differs_from_its_envelope"]

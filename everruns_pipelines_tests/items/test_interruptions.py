@@ -6,8 +6,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import psycopg
 import pytest
 
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items import rebuild
 from everruns_pipelines.items.rebuild import Rebuilt
 from everruns_pipelines_tests.items.world import Span, World, envelope, key
 
@@ -169,9 +172,7 @@ def test_a_post_that_comes_between_is_met_again(
 ) -> None:
     """Between a batch's plan and its insert the platform stores the item, or takes its ref."""
     world.add(Span([envelope("one", ref="web-1"), envelope("two")]))
-    import everruns_pipelines.items.rebuild as module
-
-    original = module._read
+    original: Any = getattr(rebuild, "_read")  # noqa: B009, the moment that we need has no name
     posted: list[Any] = []
 
     def read(name: str) -> Any:
@@ -180,7 +181,7 @@ def test_a_post_that_comes_between_is_met_again(
             posted.append(world.post(name_of_it, ref="web-1"))
         return original(name)
 
-    monkeypatch.setattr(module, "_read", read)
+    monkeypatch.setattr(rebuild, "_read", read)
     done = world.rebuild()
     if column == "dedupe_key":
         assert (done.inserted, done.processed, done.rejected) == (1, 2, 0)
@@ -196,15 +197,10 @@ def test_a_role_that_may_not_make_our_schema_is_told_so(world: World) -> None:
     world.connection.execute("DROP ROLE IF EXISTS meek")
     world.connection.execute("CREATE ROLE meek")
     world.connection.execute("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO meek")
-    import psycopg
-
-    from everruns_pipelines.errors import Refusal
-    from everruns_pipelines.items.rebuild import ensure_schema
-
     with psycopg.connect(world.postgres.url, autocommit=True) as connection:
         connection.execute("SET ROLE meek")
         with pytest.raises(Refusal, match="everruns-pipelines init") as raised:
-            ensure_schema(connection)
+            rebuild.ensure_schema(connection)
     world.connection.execute("DROP OWNED BY meek")
     world.connection.execute("DROP ROLE meek")
     assert raised.value.code == "permission_denied"

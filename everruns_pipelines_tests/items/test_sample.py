@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -117,9 +117,9 @@ def _end(span: Row) -> datetime:
 
 def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _sorted(child) for name, child in value.items()}
+        return {name: _sorted(child) for name, child in cast("Row", value).items()}
     if isinstance(value, list):
-        return sorted((_sorted(child) for child in value), key=json.dumps)
+        return sorted((_sorted(child) for child in cast("list[Any]", value)), key=json.dumps)
     return value
 
 

@@ -49,7 +49,7 @@ def test_the_span_end_is_cut_to_microseconds_not_rounded(world: World) -> None:
 
 
 def test_a_known_item_keeps_what_people_decided(world: World) -> None:
-    kept = {
+    kept: dict[str, Any] = {
         "disposition": {"status": "triaged", "notes": "seen"},
         "created_by": name_id("a person"),
         "created_at": datetime(2025, 5, 5, tzinfo=UTC),

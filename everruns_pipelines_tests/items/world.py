@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid5
 
 from psycopg.rows import dict_row
@@ -101,7 +101,9 @@ class Span:
         held: Row = {}
         for number, one in enumerate(objects):
             value: Any = one.get("value")
-            hint = value.get("dedupe_key") if isinstance(value, dict) else one.get("key")
+            hint: Any = (
+                cast("Row", value).get("dedupe_key") if isinstance(value, dict) else one.get("key")
+            )
             outputs.append(
                 {
                     "name": "item",
@@ -214,15 +216,8 @@ class World:
         return row["id"]
 
     def rebuild(self, session: str | None = SESSION, **options: Any) -> Rebuilt:
-        request = RebuildRequest(
-            **{
-                "organization": "acme",
-                "workspace": "red",
-                "project": "webapp",
-                "session_id": session,
-                **options,
-            }
-        )
+        scope: Row = {"organization": "acme", "workspace": "red", "project": "webapp"}
+        request = RebuildRequest(**{**scope, "session_id": session, **options})
         return rebuild(self.postgres, self.clickhouse, request, self.log.append)
 
     def rebuild_day(self, day: date = DAY, **options: Any) -> Rebuilt:
