@@ -4,14 +4,15 @@ See https://docs.dagster.io/guides/build/assets and
 https://docs.dagster.io/guides/test/asset-checks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date
 from time import monotonic
+from uuid import UUID
 
 import dagster as dg
 from pydantic import Field
 
-from everruns_pipelines.errors import Refusal
+from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
@@ -106,8 +107,9 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         postgres: dg.ResourceParam[PostgresResource],
     ) -> None:
         with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+            days = _days(context, partitions)
+            _check(config)
             prepare(connection)
-            days = _days(context.partition_keys)
             context.log.info(f"Finding the sources of {len(days)} days")
             stage_days(connection, fact, days[0], days[-1])
             for number, day in enumerate(days, start=1):
@@ -127,8 +129,29 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
     return materialize
 
 
-def _days(partition_keys: Sequence[str]) -> list[date]:
-    return [date.fromisoformat(key) for key in partition_keys]
+def _days(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+    partitions: dg.DailyPartitionsDefinition,
+) -> list[date]:
+    """The days of the run. Dagster checks a single one, but not the ends of a range."""
+    asked = context.partition_key_range
+    for key in (asked.start, asked.end):
+        if not partitions.has_partition_key(key):
+            first, last = partitions.get_first_partition_key(), partitions.get_last_partition_key()
+            raise Refusal(f"partition: expected a day from {first} to {last}, got {key[:40]}")
+    return [date.fromisoformat(key) for key in partitions.get_partition_keys_in_range(asked)]
+
+
+def _check(config: FactConfig) -> None:
+    if config.session_id is None:
+        return
+    try:
+        UUID(config.session_id)
+    except ValueError:
+        expected = "expected a UUID, or null for all sessions"
+        raise Refusal(
+            f"session_id: {expected}", errors=(FieldError(("session_id",), expected),)
+        ) from None
 
 
 def _summary(report: DayReport) -> str:
@@ -172,8 +195,8 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
     def check(
         context: dg.AssetCheckExecutionContext, postgres: dg.ResourceParam[PostgresResource]
     ) -> Iterator[dg.AssetCheckResult]:
-        days = _days(context.partition_keys)
         with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+            days = _days(context, partitions)
             prepare(connection)
             stage_days(connection, fact, days[0], days[-1])
             states = {day: compare_day(connection, fact, day) for day in days}
