@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import psycopg
+
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Settings
 
@@ -38,6 +40,10 @@ def run(arguments: Sequence[str]) -> int:
         return _tell(refusal.detail, _REFUSED)
     except RunFailure as failure:
         return _tell(str(failure), _FAILED)
+    except psycopg.Error as error:
+        # The rest of a server's message quotes rows.
+        reason = error.diag.message_primary or type(error).__name__
+        return _tell(f"PostgreSQL failed: {reason}", _FAILED)
     if result is not None:
         _print(result)
     return _DONE

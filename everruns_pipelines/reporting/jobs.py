@@ -5,7 +5,7 @@ See https://docs.dagster.io/guides/build/jobs.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 import dagster as dg
 from pydantic import Field
@@ -120,8 +120,9 @@ def project_op(
 
 def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
     """What the op `project` of this run is given: refused before anything is enqueued."""
-    given: dict[str, Any] = context.run.run_config.get("ops", {}).get("project", {})
-    return {name: n for name, n in given.get("config", {}).items() if isinstance(n, int)}
+    ops = cast("dict[str, dict[str, dict[str, object]]]", context.run.run_config.get("ops", {}))
+    given = ops.get("project", {}).get("config", {})
+    return {name: value for name, value in given.items() if isinstance(value, int)}
 
 
 def _progress(connection: Connection, drained: Drained) -> str:

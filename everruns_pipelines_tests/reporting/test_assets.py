@@ -19,6 +19,7 @@ from everruns_pipelines_tests.reporting.world import (
     DAY,
     NOON,
     World,
+    ephemeral,
     materialize,
     rows,
     versions,
@@ -60,7 +61,7 @@ class Run:
         }
         self.result = dg.materialize(
             definitions,
-            instance=dg.DagsterInstance.ephemeral(),
+            instance=ephemeral(),
             resources={"postgres": PostgresResource(settings)},
             selection=dg.AssetSelection.assets(*tables)
             | dg.AssetSelection.checks_for_assets(*tables),
@@ -186,7 +187,7 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
             assets=[*source_assets(), *fact_assets(settings)],
             asset_checks=fact_checks(settings),
             jobs=[
-                dg.define_asset_job(
+                dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
                     "checks",
                     dg.AssetSelection.checks_for_assets("fact_tool_call"),
                     partitions_def=day_partitions(settings),
@@ -196,7 +197,7 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
         )
 
     result = definitions.resolve_job_def("checks").execute_in_process(
-        tags={"dagster/partition": "2026-03-01"}, instance=dg.DagsterInstance.ephemeral()
+        tags={"dagster/partition": "2026-03-01"}, instance=ephemeral()
     )
 
     found = {

@@ -17,6 +17,7 @@ from everruns_pipelines_tests.reporting.world import (
     NOON,
     World,
     enqueue_all,
+    ephemeral,
     outbox,
     rows,
     value,
@@ -37,7 +38,7 @@ class Run:
     """A run in this process, and what the instance has recorded of it."""
 
     def __init__(self, settings: Settings, job: str, ops: dict[str, Any] | None = None) -> None:
-        self.instance = dg.DagsterInstance.ephemeral()
+        self.instance = ephemeral()
         config = {name: {"config": values} for name, values in (ops or {}).items()}
         self.result = (
             build_definitions(settings)

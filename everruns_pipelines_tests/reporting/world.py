@@ -9,6 +9,7 @@ from time import monotonic, sleep
 from typing import Any, LiteralString
 from uuid import UUID, uuid4
 
+import dagster as dg
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection
@@ -217,6 +218,11 @@ def versions(connection: Connection, tables: Sequence[str] | None = None) -> set
         query = sql.SQL("SELECT xmin::text, projected_at, org_id, source_key FROM {}")
         found |= {(table, *row) for row in connection.execute(query.format(sql.Identifier(table)))}
     return found
+
+
+def ephemeral() -> dg.DagsterInstance:
+    """Dagster's storage, in memory."""
+    return dg.DagsterInstance.ephemeral()  # pyright: ignore[reportUnknownMemberType]
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:

@@ -1,0 +1,206 @@
+"""The command line: one JSON object on standard output, the rest on standard error, a status."""
+
+import json
+from typing import Any
+
+import pytest
+
+from everruns_pipelines import cli
+from everruns_pipelines.postgres import Connection
+from everruns_pipelines.reporting import database
+from everruns_pipelines_tests.reporting.recompute import differences
+from everruns_pipelines_tests.reporting.world import World, rows, value, versions
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+
+class Terminal:
+    """Runs commands on the test's database and reads what they print."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self.errors = ""
+
+    def run(self, *arguments: str) -> tuple[int, Any]:
+        """The exit status, and standard output as the one JSON object that it must be."""
+        self._capfd.readouterr()
+        status = cli.run(arguments)
+        printed = self._capfd.readouterr()
+        self.errors = printed.err
+        return status, json.loads(printed.out) if printed.out else None
+
+
+@pytest.fixture
+def terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, postgres_url: str
+) -> Terminal:
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", postgres_url)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    return Terminal(capfd)
+
+
+@pytest.fixture
+def world(connection: Connection) -> World:
+    return World(connection)
+
+
+def test_backfill_prints_exactly_the_keys_of_the_api_and_repairs_what_is_missing(
+    terminal: Terminal, world: World
+) -> None:
+    world.event(world.session(world.org()))
+
+    status, result = terminal.run("backfill", "--limit", "10")
+
+    assert (status, result) == (
+        DONE,
+        {"enqueued": 2, "events": 1, "llm_generations": 0, "sessions": 1, "usage_ledger": 0},
+    )
+    assert differences(world.connection) == []
+
+
+def test_a_dry_run_writes_nothing_and_verbose_tells_the_rest(
+    terminal: Terminal, world: World
+) -> None:
+    org = world.org()
+    world.event(world.session(org))
+    chosen = ("--source-type", "event", "--source-type", "llm_generation", "--org-id", str(org))
+
+    status, counted = terminal.run("backfill", "--dry-run", *chosen)
+
+    assert (status, counted["enqueued"], counted["events"]) == (DONE, 1, 1)
+    assert value(world.connection, "SELECT count(*) FROM reporting_outbox") == 0
+    status, told = terminal.run("backfill", "--verbose", *chosen)
+    assert (status, told["enqueued"], told["project"]["completed"]) == (DONE, 1, 1)
+
+
+def test_project_prints_its_counts(terminal: Terminal, world: World) -> None:
+    database.prepare(world.connection)
+    org = world.org()
+    world.tool_call(org)
+    world.enqueue(org, "event", "no uuid")
+
+    status, result = terminal.run("project", "--max-rows", "10")
+
+    assert (status, result) == (DONE, {"claimed": 2, "completed": 1, "failed": 1, "parked": 0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "status", "detail"),
+    [
+        (("backfill", "--limit", "0"), "validation_error", 400, "limit: expected"),
+        (("backfill", "--limit", "10001"), "validation_error", 400, "limit: expected"),
+        (("backfill", "--limit", "many"), "validation_error", 400, "argument --limit"),
+        (("backfill", "--source-type", "x"), "validation_error", 400, "source_types: expected"),
+        (("backfill", "--org-id", "4711"), "not_found_error", 404, "org_id: there is no"),
+        (("project", "--max-rows", "-1"), "validation_error", 400, "max_rows: expected"),
+        (("project", "--org-id", "4711"), "not_found_error", 404, "org_id: there is no"),
+        (("unknown",), "validation_error", 400, "argument COMMAND"),
+        ((), "validation_error", 400, "the following arguments are required"),
+    ],
+)
+def test_a_refusal_is_printed_as_problem_details_and_changes_nothing(
+    terminal: Terminal,
+    connection: Connection,
+    arguments: tuple[str, ...],
+    code: str,
+    status: int,
+    detail: str,
+) -> None:
+    exit_status, problem = terminal.run(*arguments)
+
+    assert exit_status == REFUSED
+    assert problem.keys() == {"title", "status", "detail", "code", "allowed_actions"}
+    assert (problem["code"], problem["status"]) == (code, status)
+    assert problem["detail"].startswith(detail)
+    assert problem["detail"] in terminal.errors
+    assert rows(connection, "SELECT FROM reporting_outbox") == []
+    assert versions(connection) == set()
+
+
+def test_a_database_that_is_not_there_is_refused_without_the_password(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", "postgresql://user:hunter2@127.0.0.1:1/nothing")
+
+    status, problem = terminal.run("backfill")
+
+    assert (status, problem["code"]) == (REFUSED, "unavailable")
+    assert "hunter2" not in json.dumps(problem) + terminal.errors
+
+
+def test_a_wrong_variable_is_one_line_on_standard_error(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", "mysql://user:hunter2@host/db")
+
+    status, printed = terminal.run("project")
+
+    assert (status, printed) == (REFUSED, None)
+    assert terminal.errors == (
+        "everruns-pipelines: EVERRUNS_POSTGRES_URL: expected"
+        " postgresql://user:password@host:port/database\n"
+    )
+
+
+def test_a_run_that_fails_says_why_and_prints_no_result(terminal: Terminal, world: World) -> None:
+    database.prepare(world.connection)
+    world.tool_call(world.org())
+    world.connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'writing is refused' USING DETAIL = NEW::text,"
+        " ERRCODE = 'object_not_in_prerequisite_state'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON fact_tool_call"
+        " FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+
+    status, printed = terminal.run("project")
+
+    assert (status, printed) == (FAILED, None)
+    last_line = terminal.errors.splitlines()[-1]
+    assert last_line == "everruns-pipelines: PostgreSQL failed: writing is refused"
+
+
+def test_init_makes_our_schema_and_on_request_the_indexes_and_may_be_repeated(
+    terminal: Terminal, connection: Connection
+) -> None:
+    index = "SELECT to_regclass('events_ts_projected') IS NOT NULL"
+
+    for _ in range(2):
+        assert terminal.run("init") == (DONE, {"schema": "everruns_pipelines", "indexes": False})
+    assert not value(connection, index)
+    for _ in range(2):
+        assert terminal.run("init", "--indexes")[0] == DONE
+    assert value(connection, index)
+
+
+def test_init_on_a_database_that_is_not_the_platforms_names_what_it_lacks(
+    terminal: Terminal, connection: Connection
+) -> None:
+    connection.execute("DROP TABLE fact_turn")
+
+    status, problem = terminal.run("init")
+
+    assert (status, problem["code"], problem["status"]) == (REFUSED, "incompatible_schema", 503)
+    assert "table fact_turn" in problem["detail"]
+    assert value(connection, "SELECT to_regnamespace('everruns_pipelines') IS NULL")
+
+
+def test_a_database_error_outside_of_a_run_is_one_line_and_no_trace(
+    terminal: Terminal, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recommended index belongs to the owner of the table alone."""
+    connection.execute("CREATE ROLE no_owner LOGIN IN ROLE pg_read_all_data, pg_write_all_data")
+    assert terminal.run("init")[0] == DONE
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", connection_url(connection, user="no_owner"))
+
+    status, printed = terminal.run("init", "--indexes")
+
+    assert (status, printed) == (FAILED, None)
+    assert terminal.errors == (
+        "everruns-pipelines: PostgreSQL failed: must be owner of table events\n"
+    )
+
+
+def connection_url(connection: Connection, user: str) -> str:
+    info = connection.info
+    return f"postgresql://{user}@/{info.dbname}?host={info.host}"
