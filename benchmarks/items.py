@@ -189,19 +189,19 @@ INSERT INTO items (
     span_id, capability, capability_version, schema_ref, dedupe_key, created_at
 )
 SELECT
-    workspace.organization_id, %s, object.value ->> 'item_type', object.value ->> 'title', object.value ->> 'ref',
-    object.value -> 'data', 'extracted', (object.value ->> 'session_id')::uuid,
-    coalesce(object.value ->> 'trace_id', bare.trace_id), coalesce(object.value ->> 'span_id', bare.span_id),
-    object.value ->> 'capability', object.value ->> 'capability_version', object.value ->> 'schema_ref',
-    object.value ->> 'dedupe_key', to_timestamp(bare.ended_ns / 1e9)
+    workspace.organization_id, %s, value ->> 'item_type', value ->> 'title', value ->> 'ref',
+    value -> 'data', 'extracted', (value ->> 'session_id')::uuid,
+    coalesce(value ->> 'trace_id', bare.trace_id), coalesce(value ->> 'span_id', bare.span_id),
+    value ->> 'capability', value ->> 'capability_version', value ->> 'schema_ref',
+    value ->> 'dedupe_key', to_timestamp(bare.ended_ns / 1e9)
 FROM bare
 CROSS JOIN item_workspaces AS workspace
 CROSS JOIN LATERAL (SELECT bare.objects::jsonb AS objects OFFSET 0) AS parsed
-CROSS JOIN LATERAL jsonb_array_elements(bare.outputs::jsonb) AS output
+CROSS JOIN LATERAL jsonb_array_elements(bare.outputs::jsonb) AS listed (output)
 CROSS JOIN LATERAL (
-    SELECT parsed.objects -> (output.value ->> 'hash') -> 'value' AS value OFFSET 0
+    SELECT parsed.objects -> (output ->> 'hash') -> 'value' AS value OFFSET 0
 ) AS object
-WHERE output.value ->> 'name' = 'item'
+WHERE output ->> 'name' = 'item'
 ON CONFLICT (project_id, dedupe_key) DO UPDATE SET
     item_type = excluded.item_type, title = excluded.title, ref = excluded.ref,
     data = excluded.data, session_id = excluded.session_id, trace_id = excluded.trace_id,

@@ -8,16 +8,21 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from hashlib import sha256
+from importlib.resources import files
 
 import dagster as dg
 
 from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.failures import told_plainly
+from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.items.rebuild import Rebuilt, rebuild_day
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.settings import Settings
+from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
+
+SPANS = "otel_traces"
 
 _DESCRIPTION = """\
 Items (findings, assets, a capability's own records) as agents reported them into spans, rebuilt
@@ -55,6 +60,16 @@ _SCHEMA = dg.TableSchema(
     ]
 )
 
+_SPAN_SCHEMA = dg.TableSchema(
+    [
+        dg.TableColumn("Timestamp", "DateTime64(9)", "Start of the span."),
+        dg.TableColumn("TraceId", "String", "Trace that the span belongs to."),
+        dg.TableColumn("SpanId", "String", "The span, unique in its trace."),
+        dg.TableColumn("SpanAttributes", "Map", "Where items, session, run and project stand."),
+        dg.TableColumn("Duration", "UInt64", "Nanoseconds from start to end."),
+    ]
+)
+
 _REASONS = dg.TableSchema(
     columns=[dg.TableColumn(name="reason", type="text"), dg.TableColumn("envelopes", "integer")]
 )
@@ -68,6 +83,19 @@ class ItemAssets:
     checks: dg.AssetChecksDefinition
 
 
+def span_table(settings: Settings) -> dg.AssetSpec:
+    """The span table that items are made from: shown in the lineage, never written."""
+    return dg.AssetSpec(
+        SPANS,
+        group_name="platform",
+        description=f"The table {settings.spans_table} of the OpenTelemetry Collector's ClickHouse "
+        "exporter: read, never written.",
+        kinds={"clickhouse"},
+        owners=["team:everruns"],
+        metadata={"dagster/column_schema": _SPAN_SCHEMA},
+    )
+
+
 def item_assets(settings: Settings) -> ItemAssets:
     """The asset `items` and its checks, partitioned by the days that `settings` span."""
     partitions = day_partitions(settings)
@@ -78,9 +106,16 @@ def item_assets(settings: Settings) -> ItemAssets:
         description=_DESCRIPTION,
         kinds={"postgres", "clickhouse"},
         owners=["team:everruns"],
-        deps=[dg.AssetKey("otel_traces")],
+        deps=[SPANS],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
+        code_version=_version(),
+        # A rebuild reads one and writes the other; of ClickHouse there is less to go round.
+        pool="clickhouse",
+        retry_policy=RETRIES,
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=FAILED_AFTER, warn_window=STALE_AFTER
+        ),
         metadata={
             "dagster/column_schema": _SCHEMA,
             "dagster/table_name": "public.items",
@@ -100,6 +135,7 @@ def item_assets(settings: Settings) -> ItemAssets:
 
     @dg.multi_asset_check(
         name="items_equal_their_spans",
+        pool="clickhouse",
         specs=[
             dg.AssetCheckSpec(
                 "no_envelope_without_its_item",
@@ -136,6 +172,13 @@ def item_assets(settings: Settings) -> ItemAssets:
         yield _check_result("no_item_differs_from_its_envelope", "different", different)
 
     return ItemAssets(items, items_equal_their_spans)
+
+
+def _version() -> str:
+    """Changes when the rows that a rebuild makes may have changed."""
+    package = files("everruns_pipelines.items")
+    rules = sorted((one.name, one.read_text()) for one in package.iterdir() if one.is_file())
+    return sha256(repr(rules).encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -1,11 +1,15 @@
--- PostgreSQL: the first and the last candidate of every batch.
-SELECT min(candidate) AS first, max(candidate) AS last
+-- PostgreSQL: the first and the last candidate of every batch, of a round; without a round, of all
+-- that name links.
+SELECT %(round)s::integer AS round, min(candidate) AS first, max(candidate) AS last
 FROM (
     SELECT candidate, (row_number() OVER (ORDER BY candidate) - 1) / %(size)s AS batch
     FROM chosen
     WHERE
-        NOT %(linked)s
-        OR candidate IN (SELECT id FROM candidates WHERE jsonb_array_length(links) > 0)
+        round = %(round)s
+        OR (
+            %(round)s::integer IS NULL
+            AND candidate IN (SELECT id FROM candidates WHERE jsonb_array_length(links) > 0)
+        )
 )
 GROUP BY batch
 ORDER BY batch

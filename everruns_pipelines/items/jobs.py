@@ -7,6 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.failures import RETRIES
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
@@ -41,6 +42,8 @@ class RebuildConfig(dg.Config):
     name="rebuild",
     description="Bring items back to what their spans say.",
     out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+    pool="clickhouse",
+    retry_policy=RETRIES,
 )
 def rebuild_op(
     context: dg.OpExecutionContext,

@@ -25,7 +25,8 @@ WITH compared AS (
         ON item.project_id = chosen.project_id AND item.dedupe_key = chosen.dedupe_key
     -- Of both, or a batch would read every candidate.
     WHERE
-        chosen.candidate BETWEEN %(first)s AND %(last)s
+        chosen.round = %(round)s
+        AND chosen.candidate BETWEEN %(first)s AND %(last)s
         AND candidate.id BETWEEN %(first)s AND %(last)s
 )
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.resources import files
-from itertools import islice
+from itertools import count, islice
 from typing import LiteralString, cast
 
 import psycopg
@@ -97,6 +97,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class _Batch:
+    round: int | None
     first: int
     last: int
 
@@ -230,10 +231,14 @@ def _merge(
             ),
             recovered=recovered,
         )
-        for batch in _batches(connection, linked=False):
-            done = done.with_items(_merge_batch(connection, batch, dry_run=dry_run))
-            log(f"{done.processed} items done")
-        for batch in _batches(connection, linked=True):
+        for number in count():
+            connection.execute(_read("refs.sql"), {"round": number})
+            for batch in _batches(connection, number):
+                done = done.with_items(_merge_batch(connection, batch, dry_run=dry_run))
+                log(f"{done.processed} items done")
+            if not connection.execute(_read("revive.sql"), {"round": number + 1}).rowcount:
+                break
+        for batch in _batches(connection, None):
             done = done.with_links(_link_batch(connection, batch, dry_run=dry_run))
         return _account(connection, done, dry_run=dry_run)
 
@@ -347,16 +352,15 @@ def _as_found(position: int, key: str | None, uri: str | None, answer: bytes | s
 
 
 def _choose(connection: Connection) -> None:
-    """Pick one envelope per dedupe key and per ref."""
+    """Pick one envelope per dedupe key."""
     connection.execute(_read("choose.sql"))
     connection.execute("ANALYZE chosen")
-    connection.execute(_read("refs.sql"))
 
 
-def _batches(connection: Connection, *, linked: bool) -> list[_Batch]:
-    """Ranges of chosen candidates, of bounded size; with `linked` of those that name links."""
+def _batches(connection: Connection, number: int | None) -> list[_Batch]:
+    """Ranges of chosen candidates, of bounded size: of a round, or of all that name links."""
     cursor = connection.cursor(row_factory=class_row(_Batch))
-    return cursor.execute(_read("batches.sql"), {"size": BATCH_SIZE, "linked": linked}).fetchall()
+    return cursor.execute(_read("batches.sql"), {"size": BATCH_SIZE, "round": number}).fetchall()
 
 
 def _merge_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
@@ -366,7 +370,7 @@ def _merge_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dic
             return _merge_batch_once(connection, batch, dry_run=dry_run)
         except _COLLISIONS:
             # Whoever came between may hold a ref now.
-            connection.execute(_read("refs.sql"))
+            connection.execute(_read("refs.sql"), {"round": batch.round})
     return _merge_batch_once(connection, batch, dry_run=dry_run)
 
 

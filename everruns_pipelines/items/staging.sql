@@ -67,9 +67,10 @@ CREATE TEMP TABLE candidates (
     data jsonb STORAGE EXTERNAL
 );
 
--- One candidate per dedupe key.
+-- One candidate per dedupe key. A later round holds those whose ref an earlier one set free.
 CREATE TEMP TABLE chosen (
     candidate bigint PRIMARY KEY,
+    round integer NOT NULL DEFAULT 0,
     project_id uuid NOT NULL,
     dedupe_key text NOT NULL,
     ref text,

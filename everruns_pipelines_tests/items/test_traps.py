@@ -247,6 +247,24 @@ def test_refs_that_change_hands_do_not_collide(world: World) -> None:
     }
 
 
+def test_a_ref_that_is_set_free_goes_to_who_waits_for_it_in_the_same_rebuild(
+    world: World,
+) -> None:
+    world.post("a", ref="x")
+    world.post("b", ref="y")
+    world.add(Span([envelope("c", ref="x"), envelope("a", ref="y"), envelope("b", ref="z")]))
+    would = world.rebuild(dry_run=True)
+    done = world.rebuild()
+    assert would.counts() == done.counts()
+    assert (done.inserted, done.refreshed, done.rejected) == (1, 2, 0)
+    assert {name: item["ref"] for name, item in world.items().items()} == {
+        key("a"): "y",
+        key("b"): "z",
+        key("c"): "x",
+    }
+    assert world.rebuild().unchanged == 3
+
+
 def test_an_empty_ref_is_not_set(world: World) -> None:
     world.add(Span([envelope("a", ref=""), envelope("b", ref="")]))
     assert world.rebuild().inserted == 2

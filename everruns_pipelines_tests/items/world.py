@@ -216,8 +216,9 @@ class World:
         return row["id"]
 
     def rebuild(self, session: str | None = SESSION, **options: Any) -> Rebuilt:
-        scope: Row = {"organization": "acme", "workspace": "red", "project": "webapp"}
-        request = RebuildRequest(**{**scope, "session_id": session, **options})
+        scope = {"organization": "acme", "workspace": "red", "project": "webapp"}
+        asked: Row = {**scope, "session_id": session, **options}
+        request = RebuildRequest(**asked)
         return rebuild(self.postgres, self.clickhouse, request, self.log.append)
 
     def rebuild_day(self, day: date = DAY, **options: Any) -> Rebuilt:
