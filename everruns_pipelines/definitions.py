@@ -5,9 +5,9 @@ import warnings
 import dagster as dg
 
 from everruns_pipelines.clickhouse import ClickHouseResource
-from everruns_pipelines.health import health_schedule, pipeline_health
+from everruns_pipelines.health import health_schedule, measure_health, pipeline_health
 from everruns_pipelines.housekeeping import housekeeping, housekeeping_schedule
-from everruns_pipelines.items.assets import item_assets
+from everruns_pipelines.items.assets import item_assets, span_table
 from everruns_pipelines.items.automation import (
     item_failures_sensor,
     item_schedules,
@@ -38,7 +38,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         checks = fact_checks(settings)
         items = item_assets(settings)
     return dg.Definitions(
-        assets=[*source_assets(), *assets, items.asset, pipeline_health],
+        assets=[*source_assets(), *assets, span_table(settings), items.asset, pipeline_health],
         asset_checks=[*checks, items.checks],
         jobs=[
             backfill_reporting,
@@ -46,6 +46,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             materialize_reporting,
             rebuild_items,
             materialize_items,
+            measure_health,
             housekeeping,
         ],
         sensors=[reporting_outbox_sensor, item_failures_sensor],

@@ -63,8 +63,8 @@ def pipeline_health(
     times, lines = _history(context, diagnosis, numbers)
     context.add_asset_metadata(
         {
-            **numbers,
             "over time": dg.MetadataValue.md(as_markdown(times, lines)),
+            **numbers,
             "days": _days_table(diagnosis),
             "failures": dg.MetadataValue.json(diagnosis.as_json()["failures"]),
             "unknown": dg.MetadataValue.json(list(diagnosis.unknown)),
@@ -72,9 +72,16 @@ def pipeline_health(
     )
 
 
+measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
+    "measure_health",
+    selection=[pipeline_health],
+    description="Materialize pipeline_health.",
+    executor_def=dg.in_process_executor,
+)
+
 health_schedule = dg.ScheduleDefinition(
     name="hourly_health",
-    target=dg.AssetSelection.assets(pipeline_health),
+    job=measure_health,
     cron_schedule="15 * * * *",
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Measures pipeline_health every hour.",

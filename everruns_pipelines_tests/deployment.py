@@ -1,0 +1,96 @@
+"""A webserver and a daemon on this machine, for the tests that need a deployment."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import copy
+from urllib import request
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class LiveDeployment:
+    """Dagster with the repository's own dagster.yaml and workspace.yaml."""
+
+    home: Path
+    environment: Mapping[str, str]
+    port: int
+    processes: dict[str, subprocess.Popen[bytes]] = field(
+        default_factory=dict[str, subprocess.Popen[bytes]]
+    )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start_daemon(self) -> None:
+        self._start("daemon", "dagster._daemon", "run", "-w", str(ROOT / "workspace.yaml"))
+
+    def start_webserver(self) -> None:
+        self._start(
+            "webserver",
+            "dagster_webserver",
+            *("-w", str(ROOT / "workspace.yaml")),
+            *("-h", "127.0.0.1", "-p", str(self.port)),
+        )
+
+    def wait_for_webserver(self) -> None:
+        until(self._answers, "the webserver answers")
+
+    def stop(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.terminate()
+        process.wait(30)
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.home / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env={**os.environ, **self.environment, "DAGSTER_HOME": str(self.home)},
+                stdout=log,
+                stderr=log,
+            )
+
+    def _answers(self) -> bool:
+        try:
+            with request.urlopen(f"{self.url}/server_info", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+@contextmanager
+def live_deployment(home: Path, environment: Mapping[str, str]) -> Generator[LiveDeployment]:
+    """A deployment that runs for as long as the context, with its own DAGSTER_HOME in `home`."""
+    copy(ROOT / "dagster.yaml", home)
+    deployment = LiveDeployment(home, environment, _free_port())
+    try:
+        deployment.start_webserver()
+        deployment.start_daemon()
+        deployment.wait_for_webserver()
+        yield deployment
+    finally:
+        for name in tuple(deployment.processes):
+            deployment.stop(name)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Wait for a condition, and fail if it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain until {what}"
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

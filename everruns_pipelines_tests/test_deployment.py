@@ -1,0 +1,157 @@
+"""A live webserver and daemon: the command line over GraphQL, the sensor, the documented commands,
+and a person at the UI.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from everruns_pipelines import cli
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.client import Deployment, Progress
+from everruns_pipelines.embedded.sample_data import load_sample_data
+from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.browser import CHROMIUM, launch_backfill, look_around, opened
+from everruns_pipelines_tests.deployment import ROOT, LiveDeployment, live_deployment, until
+from everruns_pipelines_tests.items.world import PROJECT, SESSION, Span, World, envelope
+
+COUNTS = ["enqueued", "events", "llm_generations", "sessions", "usage_ledger"]
+
+
+@pytest.fixture(scope="module")
+def live_settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A database of sample data, half of it enqueued, and a few spans."""
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE live TEMPLATE everruns STRATEGY FILE_COPY")
+        settings = Settings.from_environment(
+            {
+                "EVERRUNS_POSTGRES_URL": embedded_postgres_url(home, "live"),
+                "EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path_factory.mktemp('spans')}/data",
+                "EVERRUNS_HOME": str(home),
+            }
+        )
+        with PostgresResource(settings).connect() as connection:
+            load_sample_data(connection, events=1500, days=3, enqueued_share=0.5)
+            _report_an_item(settings, connection)
+        yield settings
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier("live")))
+
+
+def _report_an_item(settings: Settings, connection: Connection) -> None:
+    from everruns_pipelines.embedded.clickhouse import ensure_span_tables
+
+    world = World(PostgresResource(settings), ClickHouseResource(settings), connection)
+    with world.clickhouse.connect() as opened_engine:
+        ensure_span_tables(opened_engine.client)
+    world.add_project("webapp", PROJECT)
+    world.add(Span([envelope("one")]))
+
+
+@pytest.fixture(scope="module")
+def live(
+    live_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveDeployment]:
+    assert live_settings.postgres_url is not None
+    assert live_settings.clickhouse_dsn is not None
+    environment = {
+        "EVERRUNS_POSTGRES_URL": live_settings.postgres_url.get_secret_value(),
+        "EVERRUNS_CLICKHOUSE_DSN": live_settings.clickhouse_dsn.get_secret_value(),
+        "EVERRUNS_HOME": str(live_settings.home),
+    }
+    with live_deployment(tmp_path_factory.mktemp("dagster"), environment) as deployment:
+        yield deployment
+
+
+def test_the_sensor_drains_what_is_due(live: LiveDeployment, live_settings: Settings) -> None:
+    with PostgresResource(live_settings).connect() as connection:
+
+        def is_drained() -> bool:
+            query = "SELECT count(*) FROM reporting_outbox WHERE status <> 'completed'"
+            return connection.execute(query).fetchone() == (0,)
+
+        until(is_drained, "the outbox is drained")
+
+
+def test_backfill_over_http_prints_its_counts(
+    live: LiveDeployment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["backfill", "--limit", "40", "--url", live.url]) == 0
+    printed = capsys.readouterr()
+    assert list(json.loads(printed.out)) == COUNTS
+    assert json.loads(printed.out)["enqueued"] == 40
+    assert "40 rows claimed" in printed.err
+    assert f"{live.url}/runs/" in printed.err
+
+
+def test_a_run_that_refuses_is_told_like_the_api_does(
+    live: LiveDeployment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["project", "--org-id", "77", "--url", live.url]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["code"], told["status"]) == ("not_found_error", 404)
+
+
+def test_rebuild_over_http_prints_what_it_processed(
+    live: LiveDeployment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scope = ["--organization", "acme", "--workspace", "red", "--project", "webapp"]
+    assert cli.run(["rebuild", *scope, "--session-id", SESSION, "--url", live.url]) == 0
+    assert json.loads(capsys.readouterr().out) == {"processed": 1}
+
+
+def test_waiting_survives_a_restart_of_the_webserver(live: LiveDeployment) -> None:
+    deployment = Deployment(live.url)
+    run = deployment.launch("backfill_reporting", {"enqueue": {"limit": 10}})
+    live.stop("webserver")
+    told: list[str] = []
+
+    def start_again(said: Progress) -> None:
+        if not told:
+            live.start_webserver()
+        told.append(said.message)
+
+    assert deployment.follow(run, start_again)["enqueue"]["enqueued"] == 10
+    assert told[0] == f"Waiting: {live.url} does not answer (ConnectionRefusedError)"
+
+
+def test_the_documented_commands_work(live: LiveDeployment) -> None:
+    live.wait_for_webserver()
+    document = (ROOT / "docs" / "graphql.md").read_text()
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", document, re.DOTALL | re.MULTILINE))
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        env={
+            **os.environ,
+            "URL": live.url,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SUCCESS" in done.stdout
+    assert '"label":"enqueued","intValue":5}' in done.stdout
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no Chromium: apt-get install chromium")
+def test_a_person_launches_a_backfill_and_sees_the_counts(
+    live: LiveDeployment, tmp_path: Path
+) -> None:
+    live.wait_for_webserver()
+    Deployment(live.url).run("measure_health", {})
+    with opened(live.url) as page:
+        assert launch_backfill(page, 20, tmp_path / "backfill.png") == 20
+        look_around(page, tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 4
