@@ -7,7 +7,7 @@ from datetime import datetime
 from html import escape
 
 _WIDTH, _HEIGHT = 720, 180
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 28, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 16, 28, 26
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_a_chart_is_a_picture_of_its_numbers() -> None:
     )
     ElementTree.fromstring(picture)
     assert "Rows &amp; more: 1,000" in picture
-    assert 'points="64.0,153.4 704.0,28.0"' in picture
+    assert 'points="84.0,153.4 704.0,28.0"' in picture
 
 
 def test_a_chart_of_one_time_is_drawn() -> None:

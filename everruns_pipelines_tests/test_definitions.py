@@ -1,0 +1,123 @@
+"""The public surface, as a file under version control: what changes there shows in a diff.
+
+`EVERRUNS_WRITE_SNAPSHOT=1 pytest everruns_pipelines_tests/test_definitions.py` writes it anew.
+"""
+
+import os
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+from dagster import Definitions
+
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.settings import Settings
+
+SNAPSHOT = Path(__file__).with_name("definitions.yaml")
+
+
+def test_the_public_surface_is_the_recorded_one() -> None:
+    surface = yaml.safe_dump(_surface(_definitions()), sort_keys=False, width=100)
+    if os.environ.get("EVERRUNS_WRITE_SNAPSHOT"):
+        SNAPSHOT.write_text(surface)
+    assert surface == SNAPSHOT.read_text()
+
+
+def test_the_definitions_load() -> None:
+    Definitions.validate_loadable(_definitions())
+
+
+def test_every_column_of_an_asset_is_described() -> None:
+    for spec in _definitions().resolve_all_asset_specs():
+        assert spec.description, spec.key
+        schema: Any = spec.metadata.get("dagster/column_schema")
+        for column in schema.columns if schema else ():
+            assert column.description, (spec.key, column.name)
+
+
+def test_every_job_describes_itself_and_its_config() -> None:
+    repository = _definitions().get_repository_def()
+    for job in _jobs(repository):
+        assert job.description, job.name
+        for path, field in _fields(job):
+            assert field.description, (job.name, path)
+
+
+def _definitions() -> dg.Definitions:
+    settings = Settings.from_environment({})
+    return build_definitions(settings.model_copy(update={"reporting_start": date(2026, 1, 1)}))
+
+
+def _surface(definitions: dg.Definitions) -> dict[str, Any]:
+    repository = definitions.get_repository_def()
+    specs = sorted(definitions.resolve_all_asset_specs(), key=lambda spec: spec.key)
+    return {
+        "assets": {spec.key.to_user_string(): _asset(spec) for spec in specs},
+        "checks": sorted(
+            key.to_user_string() for key in definitions.resolve_asset_graph().asset_check_keys
+        ),
+        "jobs": {job.name: _job(job) for job in _jobs(repository)},
+        "sensors": {
+            sensor.name: {
+                "job": sensor.job_name,
+                "seconds": sensor.minimum_interval_seconds,
+                "default": sensor.default_status.value,
+            }
+            for sensor in sorted(repository.sensor_defs, key=lambda one: one.name)
+        },
+        "schedules": {
+            schedule.name: {
+                "job": schedule.job_name,
+                "cron": schedule.cron_schedule,
+                "default": schedule.default_status.value,
+            }
+            for schedule in sorted(repository.schedule_defs, key=lambda one: one.name)
+        },
+    }
+
+
+def _asset(spec: dg.AssetSpec) -> dict[str, Any]:
+    schema: Any = spec.metadata.get("dagster/column_schema")
+    described: dict[str, Any] = {
+        "group": spec.group_name,
+        "kinds": sorted(spec.kinds),
+        "owners": list(spec.owners),
+        "from": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
+        "partitions": type(spec.partitions_def).__name__ if spec.partitions_def else None,
+        "freshness": type(spec.freshness_policy).__name__ if spec.freshness_policy else None,
+        "columns": {column.name: column.type for column in schema.columns} if schema else None,
+    }
+    return {name: value for name, value in described.items() if value}
+
+
+def _jobs(repository: dg.RepositoryDefinition) -> list[dg.JobDefinition]:
+    jobs = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
+    return sorted(jobs, key=lambda job: job.name)
+
+
+def _job(job: dg.JobDefinition) -> dict[str, Any]:
+    return {
+        "ops": sorted(node.name for node in job.nodes),
+        "config": {
+            path: {
+                "type": field.config_type.given_name or field.config_type.key,
+                **({"default": field.default_value} if field.default_provided else {}),
+                "required": field.is_required,
+            }
+            for path, field in _fields(job)
+        },
+    }
+
+
+def _fields(job: dg.JobDefinition) -> Iterator[tuple[str, Any]]:
+    """The config fields of a job's ops, each under the op's name."""
+    for node in sorted(job.nodes, key=lambda one: one.name):
+        definition: Any = node.definition
+        fields: dict[str, Any] = getattr(
+            getattr(definition.config_schema, "config_type", None), "fields", {}
+        )
+        for name, field in sorted(fields.items()):
+            yield f"{node.name}.{name}", field
