@@ -9,6 +9,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 import warnings
 from functools import cache
 from importlib.resources import files
@@ -28,6 +29,7 @@ DAGSTER_DATABASE = "dagster"
 USERS_LOCK = "postgres.users"
 KEEPER_LOCK = "postgres.keeper"
 _START_LOCK = "postgres.start"
+_START_SECONDS = 120
 _SCHEMA = files("everruns_pipelines.embedded") / "schema"
 
 # What to run where this table is missing: a database may be older than a part of the schema.
@@ -100,11 +102,20 @@ def open_server(home: Path) -> "PostgresServer":
 
 
 def _start(server: "PostgresServer") -> None:
-    try:
-        server.ensure_postgres_running()
-    except subprocess.TimeoutExpired:
-        # Recovery after a crash takes longer than the wheel waits; the second call waits on.
-        server.ensure_postgres_running()
+    """Start it, and wait for longer than the wheel does: recovery after a crash takes its time.
+
+    A server that is still starting makes the wheel's own checks fail.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            server.ensure_postgres_running()
+        except (AssertionError, subprocess.SubprocessError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _locked(path: Path, mode: int) -> IO[str]:
