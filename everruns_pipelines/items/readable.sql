@@ -28,13 +28,19 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL jsonb_array_elements(
     CASE WHEN jsonb_typeof(parsed.outputs) = 'array' THEN parsed.outputs ELSE '[]' END
 ) WITH ORDINALITY AS output (value, position)
-CROSS JOIN LATERAL (
+LEFT JOIN LATERAL (
     SELECT
-        kept.value ->> 'type' AS kind,
-        CASE WHEN kept.value ->> 'type' = 'uri' THEN kept.value ->> 'uri' END AS uri,
-        CASE WHEN kept.value ->> 'type' IS DISTINCT FROM 'uri' THEN kept.value -> 'value' END
-            AS value
-    FROM (SELECT parsed.objects -> (output.value ->> 'hash') AS value OFFSET 0) AS kept
+        kept.kind,
+        CASE WHEN kept.kind = 'uri' THEN parsed.objects #>> ARRAY[kept.hash, 'uri'] END AS uri,
+        CASE WHEN kept.kind IS DISTINCT FROM 'uri' THEN parsed.objects #> ARRAY[kept.hash, 'value']
+        END AS value
+    FROM (
+        SELECT named.hash, parsed.objects #>> ARRAY[named.hash, 'type'] AS kind
+        FROM (SELECT output.value ->> 'hash' AS hash) AS named
+        -- In an array a path would count: objects are no array.
+        WHERE jsonb_typeof(parsed.objects) = 'object'
+        OFFSET 0
+    ) AS kept
     OFFSET 0
-) AS object
+) AS object ON true
 WHERE span.state = 'readable' AND output.value ->> 'name' = 'item'

@@ -246,10 +246,12 @@ def _merge(
 def _clean_spans(connection: Connection) -> tuple[int, int]:
     """Drop repeats and count what is left: spans of known projects, and of others."""
     connection.execute(_read("repeats.sql"))
-    unknown = connection.execute(
-        "DELETE FROM staged_spans WHERE project NOT IN (SELECT name FROM staged_projects)"
-    ).rowcount
-    return _count(connection, "SELECT count(*) FROM staged_spans"), unknown
+    counted = connection.execute(
+        "SELECT count(name), count(*) - count(name)"
+        " FROM staged_spans LEFT JOIN staged_projects ON name = project"
+    ).fetchone()
+    assert counted is not None
+    return counted[0], counted[1]
 
 
 def _judge(connection: Connection, session: str | None) -> None:
@@ -423,7 +425,9 @@ def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Gener
     """One rebuild per project at a time; the lock goes with the connection, however it ends."""
     if needed:
         projects = connection.execute(
-            "SELECT DISTINCT project_id::text FROM candidates ORDER BY 1"
+            "SELECT DISTINCT project_id::text FROM staged_projects AS project WHERE EXISTS"
+            " (SELECT FROM candidates WHERE candidates.project_id = project.project_id)"
+            " ORDER BY 1"
         ).fetchall()
         for (project,) in projects:  # In one order everywhere: nobody waits in a circle.
             key = f"everruns_pipelines.items {project}"

@@ -11,7 +11,8 @@ WITH
         length(outputs) + length(objects) > {longest:UInt64}, 'too_large',
         isValidJSON(outputs) AND isValidJSON(objects)
         -- Valid JSON, and yet no PostgreSQL text.
-        AND position(outputs, '\\u0000') = 0 AND position(objects, '\\u0000') = 0, 'readable',
+        AND position(outputs, '\\u0000') = 0 AND position(objects, '\\u0000') = 0,
+        if(JSONType(outputs) = 'Array', 'readable', 'no_array'),
         'damaged'
     ) AS state
 SELECT

@@ -16,11 +16,4 @@ SELECT
     span.ended_ns
 FROM staged_spans AS span
 JOIN staged_projects AS project ON project.name = span.project
-WHERE
-    span.whole
-    AND (
-        span.state = 'too_large'
-        OR CASE
-            WHEN span.state = 'readable' THEN left(ltrim(span.outputs, E' \t\n\r'), 1) <> '['
-        END
-    )
+WHERE span.whole AND span.state IN ('too_large', 'no_array')

@@ -1,0 +1,60 @@
+"""Every way to pick spans leans on an index or a partition: rows read, as ClickHouse reports them."""
+
+from collections.abc import Callable, Iterable
+from uuid import UUID
+
+import pytest
+
+from everruns_pipelines.clickhouse import ClickHouse
+from everruns_pipelines.items.reading import Selection, SpanTable, of_day
+from everruns_pipelines_tests.items.world import DAY, PROJECT, RUN, SESSION, Span, World, envelope
+
+_NOISE = 240_000
+_DAYS = 4
+
+_WAYS: dict[str, Callable[[SpanTable], Iterable[Selection]]] = {
+    "session": lambda table: table.of_session(UUID(SESSION)),
+    "run": lambda table: table.of_runs([RUN]),
+    "trace": lambda table: table.of_runs([Span().trace_id]),
+    "day": lambda table: [of_day(DAY)],
+}
+
+
+@pytest.mark.parametrize("generation", ["otel_traces.sql", "otel_traces_newer.sql"])
+def test_a_selection_reads_a_part_of_the_table(world: World) -> None:
+    world.add(Span([envelope("one")]))
+    with world.clickhouse.connect() as clickhouse:
+        clickhouse.client.command(
+            "INSERT INTO otel_traces (Timestamp, TraceId, SpanId, ServiceName, SpanName,"
+            " SpanAttributes) SELECT"
+            f" toDateTime64('{DAY} 00:00:00', 9, 'UTC') + number * {_DAYS * 86400} / {_NOISE},"
+            " lower(hex(MD5(toString(intDiv(number, 50))))), toString(number), 'agent',"
+            " 'tool:' || toString(number % 5),"
+            f" map('dreadnode.project', '{PROJECT}',"
+            " 'dreadnode.session.id', 's' || toString(intDiv(number, 500)),"
+            " 'dreadnode.run.id', 'r' || toString(intDiv(number, 100)))"
+            f" FROM numbers({_NOISE})"
+        )
+        clickhouse.client.command("OPTIMIZE TABLE otel_traces FINAL")
+        table = SpanTable(clickhouse, "otel_traces", [str(PROJECT)])
+        shares = {name: _share_read(clickhouse, table, way) for name, way in _WAYS.items()}
+    assert max(shares["session"], shares["run"], shares["trace"]) < 0.25
+    assert shares["day"] < 1.5 / _DAYS
+
+
+def _share_read(
+    clickhouse: ClickHouse, table: SpanTable, way: Callable[[SpanTable], Iterable[Selection]]
+) -> float:
+    before = _selected(clickhouse)
+    found = b"".join(
+        chunk
+        for selection in list(way(table))
+        for chunk in clickhouse.stream(*table.query(selection))
+    )
+    assert found.count(b"\n") == 1
+    return (_selected(clickhouse) - before) / _NOISE
+
+
+def _selected(clickhouse: ClickHouse) -> int:
+    query = "SELECT value FROM system.events WHERE event = 'SelectedRows'"
+    return int(clickhouse.rows(query, {})[0][0])
