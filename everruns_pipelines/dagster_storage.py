@@ -3,12 +3,18 @@
 dagster.yaml names the class below, since YAML knows neither conditions nor defaults.
 """
 
+import os
 from typing import Any, Self
 
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
 
 from everruns_pipelines.settings import Settings
+
+# A run over a range of days writes its events together: one by one takes minutes for a year.
+# Every process of Dagster imports this module, and dagster.yaml has no place for these.
+os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "1000")
+os.environ.setdefault("DAGSTER_EMIT_PARTITION_SUBSET_IN_PLANNED_EVENTS", "1")
 
 
 class EverrunsDagsterStorage(DagsterPostgresStorage):
