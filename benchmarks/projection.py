@@ -175,11 +175,11 @@ def project_row_by_row(connection: Connection, rows: int) -> None:
 _ONE = sql.SQL("JOIN (VALUES (%(id)s::uuid)) AS one (id) ON one.id = source.id")
 
 
-def _upserts(source: Source) -> list[tuple[Projection, str]]:
+def _upserts(source: Source) -> list[tuple[Projection, bytes]]:
     return [(projection, _upsert(fact, projection)) for fact, projection in projections_of(source)]
 
 
-def _upsert(fact: Fact, projection: Projection) -> str:
+def _upsert(fact: Fact, projection: Projection) -> bytes:
     columns = [sql.Identifier(column.name) for column in fact.columns]
     return (
         sql.SQL(
@@ -193,7 +193,7 @@ def _upsert(fact: Fact, projection: Projection) -> str:
             projected_rows(fact, projection, _ONE),
             sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(name) for name in columns),
         )
-        .as_string()
+        .as_bytes()
     )
 
 
