@@ -1,4 +1,4 @@
-"""Every way to pick spans leans on an index or a partition: rows read, as ClickHouse reports them."""
+"""Every way to pick spans leans on an index or a partition, as the rows that are read show."""
 
 from collections.abc import Callable, Iterable
 from uuid import UUID
