@@ -81,7 +81,7 @@ def claims(home: Path) -> Generator[tuple[str, str, str, str]]:
             load_sample_data(connection, events=1_000, enqueued_share=0.0)
             connection.execute(
                 "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason)"
-                " SELECT 1 + n % 3, 'event', uuidv7()::text, 'event_projection'"
+                " SELECT 1 + n %% 3, 'event', uuidv7()::text, 'event_projection'"
                 " FROM generate_series(1, %s) AS n",
                 [pending],
             )
