@@ -93,7 +93,7 @@ def _items(settings: Settings, connection: Connection, console: Console) -> None
     _show_items(console, connection, "Items after: triage untouched, titles as reported")
     with _step(console, "The same job again: everything unchanged is a promise"):
         again = _rebuild(settings, TRIAGED_SESSION)
-    console.print(f"  {json.dumps(again)}")
+    console.print(f"  {json.dumps(again)}", soft_wrap=True)
     console.print("\nThe result of that rebuild, as the API answers it:")
     console.file.flush()
     sys.stdout.write(json.dumps({"processed": again["processed"]}) + "\n")
