@@ -3,7 +3,7 @@
 Also what a claim costs as the queue grows, and how much memory a run takes as the data grows.
 """
 
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -123,7 +123,8 @@ def print_peak() -> None:
     """Project everything due in the database of the first argument; print the peak in KiB."""
     settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": sys.argv[1]})
     project(PostgresResource(settings))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage: what it tells began before exec, in the process that started this one.
+    print(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def project(postgres: PostgresResource) -> None:
