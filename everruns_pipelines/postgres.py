@@ -50,6 +50,7 @@ def _connected(url: str) -> Generator[Connection]:
         connection = psycopg.connect(
             url,
             autocommit=True,
+            prepare_threshold=None,  # a plan kept for all values suits none of our selections
             connect_timeout=10,
             application_name="everruns_pipelines",
             options=_SESSION_OPTIONS,

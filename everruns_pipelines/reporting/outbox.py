@@ -78,14 +78,8 @@ class Outbox:
             self._execute("return_lost")
             claimed = 0
             while claimed < size:
-                orgs = self._number("count_due_orgs", org_id=org_id)
-                if orgs == 0:
-                    break
-                left = size - claimed
-                taken = self._execute(
-                    "claim", org_id=org_id, size=left, share=-(-left // orgs)
-                ).rowcount
-                if taken == 0:  # what is due is being claimed by somebody else
+                taken = self._execute("claim", org_id=org_id, size=size - claimed).rowcount
+                if taken == 0:  # nothing is due, or somebody else is claiming it
                     break
                 claimed += taken
             if claimed == 0:
@@ -128,9 +122,6 @@ class Outbox:
             sql.SQL(_SQL[name]),
             {"lock_key": self.lock_key, "max_attempts": self.max_attempts, **parameters},
         )
-
-    def _number(self, name: str, **parameters: Any) -> int:
-        return int(self._execute(name, **parameters).fetchone()[0])
 
 
 def purge(connection: Connection, age: timedelta) -> int:

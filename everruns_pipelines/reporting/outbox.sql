@@ -35,53 +35,66 @@ FROM (
 ) AS lost
 WHERE id = lost_id
 
--- name: count_due_orgs
--- Organizations with something due: each gets an equal share of the batch.
-SELECT count(*)
-FROM organizations AS organization
-WHERE (%(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s)
-    AND (
-        EXISTS (
-            SELECT FROM reporting_outbox
-            WHERE org_id = organization.org_id AND status = 'pending' AND next_attempt_at <= now()
-        )
-        OR EXISTS (
-            SELECT FROM reporting_outbox
-            WHERE org_id = organization.org_id AND status = 'failed' AND next_attempt_at <= now()
-        )
-    )
-
 -- name: claim
--- Up to `share` due rows of every organization, the oldest first, and `size` in all. Two index
--- scans per organization, one for each status: so it costs the same however long the queue is.
-WITH due AS (
+-- Up to `size` due rows, in equal shares per organization that has any, the oldest first.
+--
+-- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
+-- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
+WITH waiting AS MATERIALIZED (
+    SELECT organization.org_id
+    FROM organizations AS organization
+    CROSS JOIN LATERAL (
+        (
+            SELECT FROM reporting_outbox
+            WHERE org_id = ANY (ARRAY[organization.org_id])
+                AND status = 'pending' AND next_attempt_at <= now()
+            ORDER BY org_id, next_attempt_at
+            LIMIT 1
+        )
+        UNION ALL
+        (
+            SELECT FROM reporting_outbox
+            WHERE org_id = ANY (ARRAY[organization.org_id])
+                AND status = 'failed' AND next_attempt_at <= now()
+            ORDER BY org_id, next_attempt_at
+            LIMIT 1
+        )
+        LIMIT 1
+    ) AS due
+    WHERE %(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s
+),
+share AS MATERIALIZED (
+    SELECT ceil(%(size)s::numeric / nullif(count(*), 0))::bigint AS size FROM waiting
+),
+due AS (
     SELECT
         id,
         next_attempt_at,
         row_number() OVER (
-            PARTITION BY organization.org_id ORDER BY next_attempt_at, oldest.created_at
+            PARTITION BY waiting.org_id ORDER BY next_attempt_at, oldest.created_at
         ) AS place
-    FROM organizations AS organization
+    FROM waiting
     CROSS JOIN LATERAL (
         SELECT * FROM (
             SELECT id, next_attempt_at, created_at
             FROM reporting_outbox
-            WHERE org_id = organization.org_id AND status = 'pending' AND next_attempt_at <= now()
-            ORDER BY next_attempt_at
-            LIMIT %(share)s
+            WHERE org_id = ANY (ARRAY[waiting.org_id])
+                AND status = 'pending' AND next_attempt_at <= now()
+            ORDER BY org_id, next_attempt_at
+            LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS pending
         UNION ALL
         SELECT * FROM (
             SELECT id, next_attempt_at, created_at
             FROM reporting_outbox
-            WHERE org_id = organization.org_id AND status = 'failed' AND next_attempt_at <= now()
-            ORDER BY next_attempt_at
-            LIMIT %(share)s
+            WHERE org_id = ANY (ARRAY[waiting.org_id])
+                AND status = 'failed' AND next_attempt_at <= now()
+            ORDER BY org_id, next_attempt_at
+            LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS failed
     ) AS oldest
-    WHERE %(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s
 )
 UPDATE reporting_outbox
 SET status = 'processing',
@@ -91,7 +104,7 @@ SET status = 'processing',
 WHERE id = ANY (
     ARRAY(
         SELECT id FROM due
-        WHERE place <= %(share)s
+        WHERE place <= (SELECT size FROM share)
         ORDER BY place, next_attempt_at
         LIMIT %(size)s
     )
@@ -155,10 +168,9 @@ WITH finished AS (
         updated_at = now()
     FROM pg_temp.batch
     WHERE outbox.id = batch.id
-        -- Looked up by id. By `=` the index on status may be read for every row of the batch: its
-        -- statistics know of no processing rows.
-        AND outbox.status IS NOT DISTINCT FROM 'processing'
-        AND outbox.claimed_at = %(claimed_at)s
+        -- CASE keeps this from the planner: statistics know of no row that is processing, and a join
+        -- planned for one row takes minutes for thousands.
+        AND CASE WHEN outbox.status = 'processing' THEN outbox.claimed_at = %(claimed_at)s END
     RETURNING outbox.status, outbox.next_attempt_at
 )
 SELECT
