@@ -168,8 +168,9 @@ WITH finished AS (
         updated_at = now()
     FROM pg_temp.batch
     WHERE outbox.id = batch.id
-        -- CASE keeps this from the planner: statistics know of no row that is processing, and a join
-        -- planned for one row takes minutes for thousands.
+        -- Looked up by id, never by status: statistics know of no row that is processing, and a
+        -- join planned for one row takes minutes for thousands. CASE keeps them out of it.
+        AND outbox.id = ANY (ARRAY(SELECT id FROM pg_temp.batch))
         AND CASE WHEN outbox.status = 'processing' THEN outbox.claimed_at = %(claimed_at)s END
     RETURNING outbox.status, outbox.next_attempt_at
 )

@@ -313,15 +313,23 @@ settled AS (
 
 _REMOVED = """
     DELETE FROM {fact} AS fact
-    USING pg_temp.selection AS source, sessions AS session
-    WHERE source.part BETWEEN %(first)s AND %(last)s
-        AND session.id = source.source_id
-        AND session.org_id = source.org_id
-        AND {superseded}
-        AND NOT EXISTS (
-            SELECT FROM compared
-            WHERE compared.org_id = fact.org_id AND compared.source_key = fact.source_key
-        )
+    USING (
+        SELECT stored.org_id, stored.source_key
+        FROM pg_temp.selection AS source
+        JOIN sessions AS session
+            ON session.id = source.source_id AND session.org_id = source.org_id
+        -- OFFSET: looked up source by source. Statistics that lag behind a growing table would
+        -- have the planner read all of it.
+        CROSS JOIN LATERAL (
+            SELECT fact.org_id, fact.source_key FROM {fact} AS fact WHERE {superseded} OFFSET 0
+        ) AS stored
+        WHERE source.part BETWEEN %(first)s AND %(last)s
+            AND NOT EXISTS (
+                SELECT FROM compared
+                WHERE compared.org_id = stored.org_id AND compared.source_key = stored.source_key
+            )
+    ) AS gone
+    WHERE fact.org_id = gone.org_id AND fact.source_key = gone.source_key
     RETURNING fact.time_bucket_day AS day
 """
 
