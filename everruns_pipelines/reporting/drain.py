@@ -19,6 +19,7 @@ from everruns_pipelines.reporting.projector import (
     project_selection,
     projections_of,
     stage,
+    staged_parts,
 )
 
 # Sessions come last: projectors do them one after the other.
@@ -27,8 +28,7 @@ _RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 _TRIES = 5
 _PROJECTORS = 2
 _SELECTED = sql.SQL(
-    "SELECT org_id, source_id FROM pg_temp.batch"
-    " WHERE source_type = %(source_type)s AND source_id IS NOT NULL"
+    "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
 )
 
 
@@ -244,10 +244,12 @@ def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> Drain
         # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
         connection.execute("SET LOCAL random_page_cost = 1.1")
         outbox.take(claim)
+        stage(connection, _SELECTED, {})
+        parts = staged_parts(connection)
         for source in _ORDER:
-            staged = stage(connection, _SELECTED, {"source_type": source.type})
-            outcome = project_selection(connection, projections_of(source), 1, staged)
-            outbox.fail(source, outcome.failures)
-            total.add(Outcome(outcome.counts))
+            if source.type in parts:
+                outcome = project_selection(connection, projections_of(source), *parts[source.type])
+                outbox.fail(source, outcome.failures)
+                total.add(Outcome(outcome.counts))
         finished = outbox.finish(claim)
     return Drained(claim.size, finished.completed, finished.failed, finished.parked, total)

@@ -91,11 +91,13 @@ class Outbox:
     def take(self, claim: Claim) -> None:
         """Make the claimed rows the temporary table `batch`, until the end of the transaction."""
         self._execute("take_batch", claimed_at=claim.claimed_at)
-        self.connection.execute("ANALYZE pg_temp.batch")
+        self.connection.execute("ANALYZE pg_temp.batch (id)")
         self._execute("refuse_malformed", source_types=[source.type for source in SOURCES])
 
     def fail(self, source: Source, failures: list[Failure]) -> None:
         """Note which rows of the batch fail, and why."""
+        if not failures:
+            return
         self._execute(
             "note_failures",
             source_type=source.type,

@@ -70,27 +70,40 @@ def projections_of(
 
 
 def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, Any]) -> int:
-    """Make the selection out of a query for `org_id` and `source_id`; how many it holds.
+    """Make the selection out of a query for `source_type`, `org_id` and `source_id`.
 
-    It lasts until the end of the transaction.
+    It lasts until the end of the transaction, numbered from 1, those of one type together.
+
+    Returns:
+        How many sources it holds.
     """
     connection.execute("DROP TABLE IF EXISTS pg_temp.selection")
     connection.execute(
         "CREATE TEMPORARY TABLE selection"
-        " (part integer, org_id bigint, source_id uuid, event_type text) ON COMMIT DROP"
+        " (part integer, source_type text, org_id bigint, source_id uuid, event_type text)"
+        " ON COMMIT DROP"
     )
     staged = connection.execute(
         sql.SQL(
             "INSERT INTO pg_temp.selection"
-            " SELECT row_number() OVER (ORDER BY org_id, source_id), org_id, source_id,"
+            " SELECT row_number() OVER (ORDER BY source_type, org_id, source_id),"
+            " source_type, org_id, source_id,"
             # Known here, each projection looks up the events of its own types only.
             " (SELECT event_type FROM events WHERE id = source_id)"
-            " FROM (SELECT DISTINCT org_id, source_id FROM ({}) AS rows) AS selected"
+            " FROM (SELECT DISTINCT source_type, org_id, source_id FROM ({}) AS rows) AS selected"
         ).format(rows),
         parameters,
     ).rowcount
     connection.execute("ANALYZE pg_temp.selection")
     return staged
+
+
+def staged_parts(connection: Connection) -> dict[str, tuple[int, int]]:
+    """The first and the last number of each source type in the selection."""
+    rows = connection.execute(
+        "SELECT source_type, min(part), max(part) FROM pg_temp.selection GROUP BY 1"
+    )
+    return {source_type: (first, last) for source_type, first, last in rows}
 
 
 def project_selection(
@@ -126,7 +139,7 @@ def project_selection(
         return outcome
     if not outcome.failures:
         return outcome
-    _unselect(connection, outcome.failures)
+    _unselect(connection, outcome.failures, first, last)
     remaining = project_selection(connection, projections, first, last)
     remaining.failures += outcome.failures
     return remaining
@@ -145,11 +158,16 @@ def _failed(connection: Connection, part: int, error: psycopg.Error) -> list[Fai
     ]
 
 
-def _unselect(connection: Connection, failures: list[Failure]) -> None:
+def _unselect(connection: Connection, failures: list[Failure], first: int, last: int) -> None:
     connection.execute(
         "DELETE FROM pg_temp.selection USING unnest(%s::bigint[], %s::uuid[]) AS failed (org, id)"
-        " WHERE org_id = failed.org AND source_id = failed.id",
-        [[failure.org_id for failure in failures], [failure.source_id for failure in failures]],
+        " WHERE part BETWEEN %s AND %s AND org_id = failed.org AND source_id = failed.id",
+        [
+            [failure.org_id for failure in failures],
+            [failure.source_id for failure in failures],
+            first,
+            last,
+        ],
     )
 
 
@@ -189,9 +207,9 @@ def _project(
 
 
 @cache
-def _statement(fact: Fact, projection: Projection) -> sql.Composed:
+def _statement(fact: Fact, projection: Projection) -> bytes:
     columns = [sql.Identifier(column.name) for column in fact.columns]
-    return sql.SQL(_PROJECT).format(
+    statement = sql.SQL(_PROJECT).format(
         projected=projected_rows(fact, projection, STAGED),
         unstorable=_unstorable(fact),
         fact=sql.Identifier(fact.table),
@@ -211,6 +229,7 @@ def _statement(fact: Fact, projection: Projection) -> sql.Composed:
             fact=sql.Identifier(fact.table), superseded=sql.SQL(projection.supersedes or "")
         ),
     )
+    return statement.as_bytes(None)
 
 
 def _unstorable(fact: Fact) -> sql.Composed:

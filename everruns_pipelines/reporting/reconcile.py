@@ -147,7 +147,8 @@ def _stage_day(
     return stage(
         connection,
         sql.SQL(
-            "SELECT org_id, source_id FROM pg_temp.day_sources WHERE day = %(day)s"
+            "SELECT NULL AS source_type, org_id, source_id"
+            " FROM pg_temp.day_sources WHERE day = %(day)s"
             " AND number > %(after)s AND (%(up_to)s::bigint IS NULL OR number <= %(up_to)s)"
         ),
         {"day": day, "after": after, "up_to": up_to},

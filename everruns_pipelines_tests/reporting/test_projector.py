@@ -48,7 +48,9 @@ def project_all(connection: Connection, source: Source) -> Outcome:
         table=sql.Identifier(source.table),
         session=from_session if source.org_from_session else sql.SQL(""),
     )
-    named = sql.SQL("SELECT org_id, id AS source_id FROM ({}) AS every").format(query)
+    named = sql.SQL(
+        "SELECT NULL AS source_type, org_id, id AS source_id FROM ({}) AS every"
+    ).format(query)
     with transaction(connection):
         staged = stage(connection, named, {})
         return project_selection(connection, projections_of(source), 1, staged)
