@@ -218,4 +218,5 @@ def database(home: Path, name: str, like: str = "everruns") -> Generator[Connect
     settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": url})
     with PostgresResource(settings).connect() as connection:
         prepare(connection)
+        connection.execute("CHECKPOINT")  # what is timed does not write the copy to disk
         yield connection

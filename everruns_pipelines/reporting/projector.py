@@ -327,6 +327,8 @@ settled AS (
         AND known.org_id = compared.org_id
         AND known.source_key = compared.source_key
         AND coalesce(compared.rejected, compared.reported) IS NULL
+        -- Asked once: most facts have nothing on record, and need not look row by row.
+        AND EXISTS (SELECT FROM everruns_pipelines.fact_rejections WHERE fact = {name})
 ),
 """
 
