@@ -65,6 +65,20 @@ def seconds_to_next_attempt(world: World, outbox_id: UUID) -> float:
     )
 
 
+def index_entries_read(connection: Connection) -> int:
+    """Of the outbox, by this connection, those of whole scans of the table included."""
+    connection.execute("SELECT pg_stat_force_next_flush()")
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    return int(
+        value(
+            connection,
+            "SELECT sum(idx_tup_read) + (SELECT seq_tup_read FROM pg_stat_user_tables"
+            " WHERE relname = 'reporting_outbox')"
+            " FROM pg_stat_user_indexes WHERE relname = 'reporting_outbox'",
+        )
+    )
+
+
 def project_like_upstream(connection: Connection) -> UUID | None:
     """A foreign projector: one row at a time, by the rules of the table alone."""
     row = connection.execute(
@@ -187,6 +201,53 @@ def test_claiming_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(worl
         )
     )
     assert claimed == {big: 14, **dict.fromkeys(small, 2)}
+
+
+def test_a_claim_reads_what_it_takes_however_many_rows_another_tenant_has_waiting(
+    world: World,
+) -> None:
+    big, *_, small = [world.org() for _ in range(50)]
+    world.connection.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, next_attempt_at)"
+        " SELECT %s, 'event', uuidv7()::text, 'event_projection', now() - interval '1 day'"
+        " FROM generate_series(1, 20000)",
+        [big],
+    )
+    world.tool_call(small)
+    world.connection.execute("ANALYZE reporting_outbox")
+
+    with ExitStack() as stack:
+        held = opened(world.connection, stack)
+        before = index_entries_read(world.connection)
+        claim = held.claim(100)
+        read = index_entries_read(world.connection) - before
+
+    assert claim is not None
+    assert claim.size == 100
+    assert read < 2_000
+
+
+def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None:
+    org = world.org()
+    world.connection.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason)"
+        " SELECT %s, 'event', uuidv7()::text, 'event_projection' FROM generate_series(1, 20000)",
+        [org],
+    )
+    world.connection.execute("ANALYZE reporting_outbox")
+
+    with ExitStack() as stack:
+        held = opened(world.connection, stack)
+        claim = held.claim(1_000)
+        assert claim is not None
+        with transaction(world.connection):
+            held.take(claim)
+            before = index_entries_read(world.connection)
+            finished = held.finish(claim)
+        read = index_entries_read(world.connection) - before
+
+    assert finished == Finished(1_000, 0, 0)
+    assert read < 10_000
 
 
 def test_of_more_organizations_than_a_batch_holds_the_oldest_rows_come_first(world: World) -> None:
