@@ -43,7 +43,7 @@ LOSSES: tuple[tuple[str, LiteralString, int], ...] = (
 def main() -> None:
     """Measure, and print the ratios beside their targets."""
     table = Table("what", "measured", "ratio", "target", title="Backfill")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         for row in measure(Path(directory)):
             table.add_row(*row)
     Console(width=110).print(table)

@@ -42,7 +42,7 @@ MEMORY_SMALL = "aaaaaaaa-0000-4000-8000-000000000004"
 def main() -> None:
     """Run everything and print the table."""
     table = Table("what", "measured", "target", "met")
-    with tempfile.TemporaryDirectory(prefix="everruns-bench-") as home:
+    with tempfile.TemporaryDirectory(prefix="everruns-bench-", ignore_cleanup_errors=True) as home:
         settings = Settings.from_environment({"EVERRUNS_HOME": home})
         bench = Bench(PostgresResource(settings), ClickHouseResource(settings))
         with timed() as took:
@@ -134,6 +134,7 @@ class Bench:
 
     def item_by_item(self) -> None:
         with self.postgres.connect() as connection:  # Each upsert a transaction, as an API does.
+            connection.prepare_threshold = 5  # as its driver does
             rest = b""
 
             def take(chunk: bytes) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def load() -> Generator[tuple[str, str, str]]:
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         alone, ours = [float("inf")], [float("inf")]
         for _ in range(LOADS):
             alone.append(python_seconds(_DAGSTER, home))
@@ -134,7 +134,7 @@ def split(url: str, run: str) -> tuple[float, float, float]:
 @contextmanager
 def sample(events: int) -> Generator[tuple[Settings, Path]]:
     """Embedded databases of their own, with sample data of which nothing is enqueued."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         home = Path(directory)
         settings = Settings.from_environment({"EVERRUNS_HOME": str(home / "everruns")})
         with PostgresResource(settings).connect() as connection:

@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 12
 def main() -> None:
     """Measure, and print the ratios beside their targets."""
     table = Table("what", "measured", "ratio", "target", title="Projection")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         home = Path(directory)
         for row in (*speed(home), *claims(home), *memory(home)):
             table.add_row(*row)

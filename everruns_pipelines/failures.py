@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
-import psycopg
 
 from everruns_pipelines.errors import Refusal
 
@@ -23,6 +22,8 @@ def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[
     Raises:
         dg.Failure: without retries for a refusal that would be repeated.
     """
+    import psycopg
+
     try:
         yield
     except Refusal as refusal:

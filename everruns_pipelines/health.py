@@ -6,18 +6,22 @@ See https://docs.dagster.io/guides/build/assets/metadata-and-tags.
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from everruns_pipelines.chart import Line, as_markdown
-from everruns_pipelines.diagnosis import ITEMS, Diagnosis, diagnose
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.reporting.catalog import FACTS
 
+if TYPE_CHECKING:
+    from everruns_pipelines.diagnosis import Diagnosis
+
 _DAYS = 7
 _HISTORY = 200
+_ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
 _WRONG = ("missing", "stale", "orphaned")
 _LINES = (
@@ -45,7 +49,7 @@ _DAYS_SCHEMA = dg.TableSchema(
     "`everruns-pipelines diagnose` tells the same in a terminal.",
     kinds={"postgres"},
     owners=["team:everruns"],
-    deps=[*_FACTS, ITEMS],
+    deps=[*_FACTS, _ITEMS],
     pool="postgres",
     retry_policy=RETRIES,
     freshness_policy=dg.FreshnessPolicy.time_window(
@@ -57,6 +61,8 @@ def pipeline_health(
     context: dg.AssetExecutionContext, postgres: dg.ResourceParam[PostgresResource]
 ) -> None:
     """Measure, and draw the measurements made so far."""
+    from everruns_pipelines.diagnosis import diagnose
+
     with told_plainly(Refusal.as_problem_details):
         diagnosis = diagnose(postgres.settings, _DAYS, context.log.info)
     numbers = _numbers(diagnosis)
@@ -88,7 +94,7 @@ health_schedule = dg.ScheduleDefinition(
 )
 
 
-def _numbers(diagnosis: Diagnosis) -> dict[str, int | float]:
+def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:
     return {
         "backlog": diagnosis.rows("pending") + diagnosis.rows("processing"),
         "failed": diagnosis.rows("failed"),
@@ -96,12 +102,12 @@ def _numbers(diagnosis: Diagnosis) -> dict[str, int | float]:
         "lag_seconds": max(diagnosis.lag_seconds.values()),
         **{f"lag_seconds/{fact}": lag for fact, lag in diagnosis.lag_seconds.items()},
         **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
-        **{f"items_{what}": diagnosis.total(what, ITEMS) for what in ("missing", "stale")},
+        **{f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")},
     }
 
 
 def _history(
-    context: dg.AssetExecutionContext, diagnosis: Diagnosis, numbers: Mapping[str, float]
+    context: dg.AssetExecutionContext, diagnosis: "Diagnosis", numbers: Mapping[str, float]
 ) -> tuple[list[datetime], list[Line]]:
     """What was measured before, the oldest first, and now."""
     records = context.instance.fetch_materializations(context.asset_key, limit=_HISTORY).records
@@ -122,7 +128,7 @@ def _number(metadata: Mapping[str, dg.MetadataValue], name: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _days_table(diagnosis: Diagnosis) -> dg.TableMetadataValue:
+def _days_table(diagnosis: "Diagnosis") -> dg.TableMetadataValue:
     days: Sequence[dict[str, str | int]] = [
         {
             "table": day.table,

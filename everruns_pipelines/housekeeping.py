@@ -10,8 +10,6 @@ import dagster as dg
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.postgres import PostgresResource
-from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.outbox import purge
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import cron
 
@@ -33,6 +31,9 @@ def purge_outbox(
     context: dg.OpExecutionContext, postgres: dg.ResourceParam[PostgresResource]
 ) -> None:
     """Remove outbox rows that were completed long ago."""
+    from everruns_pipelines.reporting.database import prepare
+    from everruns_pipelines.reporting.outbox import purge
+
     days = postgres.settings.outbox_keep_days
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
         prepare(connection)

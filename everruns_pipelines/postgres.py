@@ -3,16 +3,17 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import psycopg
-from psycopg import sql
-from psycopg.rows import TupleRow
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
-Connection = psycopg.Connection[TupleRow]
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.rows import TupleRow
+
+# A name, not the type: loading the definitions loads no driver.
+Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
 # Days are UTC days whatever the server's zone. JIT compiles for a second what runs in a tenth.
 _SESSION_OPTIONS = "-c timezone=UTC -c jit=off"
@@ -46,6 +47,8 @@ class PostgresResource:
 
 @contextmanager
 def _connected(url: str) -> Generator[Connection]:
+    import psycopg
+
     try:
         connection = psycopg.connect(
             url,
@@ -76,6 +79,8 @@ def transaction(connection: Connection, *, work_mem: str | None = None) -> Gener
     """
     with connection.transaction():
         if work_mem is not None:
+            from psycopg import sql
+
             setting: Any = sql.SQL("SET LOCAL work_mem = {}").format(sql.Literal(work_mem))
             connection.execute(setting)
         yield

@@ -10,8 +10,6 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -44,6 +42,9 @@ def _with_scheme(*schemes: str) -> AfterValidator:
 
 def _postgres_url(value: SecretStr) -> SecretStr:
     """What libpq would misread it quotes in its error, and that may be a piece of the password."""
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
         parts = conninfo_to_dict(value.get_secret_value())
     except ProgrammingError:

@@ -4,6 +4,8 @@
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -28,6 +30,19 @@ def test_the_public_surface_is_the_recorded_one() -> None:
 
 def test_the_definitions_load() -> None:
     Definitions.validate_loadable(_definitions())
+
+
+def test_loading_the_definitions_loads_no_driver_and_no_engine() -> None:
+    heavy = "{'chdb', 'clickhouse_connect', 'fsspec', 'pandas', 'psycopg', 'pyarrow', 'rich'}"
+    code = (
+        "import sys, dagster; before = set(sys.modules);"
+        "from everruns_pipelines.definitions import defs;"
+        f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert told.stdout.strip() == "[]"
 
 
 def test_every_column_of_an_asset_is_described() -> None:

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from datetime import date
 from hashlib import sha256
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
-from everruns_pipelines.items.rebuild import Rebuilt, rebuild_day
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
+
+if TYPE_CHECKING:
+    from everruns_pipelines.items.rebuild import Rebuilt
 
 SPANS = "otel_traces"
 
@@ -127,6 +130,8 @@ def item_assets(settings: Settings) -> ItemAssets:
         postgres: dg.ResourceParam[PostgresResource],
         clickhouse: dg.ResourceParam[ClickHouseResource],
     ) -> None:
+        from everruns_pipelines.items.rebuild import rebuild_day
+
         for day in context.partition_keys:
             context.log.info(f"Rebuilding the items of {day}")
             with items_failures():
@@ -156,6 +161,8 @@ def item_assets(settings: Settings) -> ItemAssets:
         postgres: dg.ResourceParam[PostgresResource],
         clickhouse: dg.ResourceParam[ClickHouseResource],
     ) -> Iterator[dg.AssetCheckResult]:
+        from everruns_pipelines.items.rebuild import rebuild_day
+
         missing: dict[str, int] = {}
         different: dict[str, int] = {}
         for day in context.partition_keys:
@@ -191,7 +198,7 @@ def items_failures() -> Generator[None]:
             raise dg.Failure(str(failure)) from failure
 
 
-def as_metadata(done: Rebuilt) -> dict[str, dg.MetadataValue]:
+def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:
     """A rebuild's account, as metadata of a materialization or of an op's output."""
     rejections = dg.MetadataValue.table(
         records=[

@@ -11,18 +11,19 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import groupby, islice
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import dagster as dg
-import psycopg
 
 from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.jobs import rebuild_items
-from everruns_pipelines.items.unstored import Reported, Unstored, find_reported, find_unstored
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import BackOff, cron, day_range_tags
+
+if TYPE_CHECKING:
+    from everruns_pipelines.items.unstored import Reported, Unstored
 
 # In seconds. A span's batch and its item's POST may be under way for a while after its end.
 _GRACE = 120
@@ -70,7 +71,7 @@ class _Memory:
     def write(self) -> str:
         return json.dumps(asdict(self))
 
-    def after(self, reported: Reported, new: Sequence[Unstored]) -> "_Memory":
+    def after(self, reported: "Reported", new: "Sequence[Unstored]") -> "_Memory":
         """What to remember once runs for the new failures are launched."""
         since = reported.until if reported.is_cut else reported.until - _OVERLAP
         launched = {**self.launched, **{_digest(failure): failure.ended for failure in new}}
@@ -93,6 +94,8 @@ def item_failures_sensor(
     clickhouse: dg.ResourceParam[ClickHouseResource],
 ) -> dg.SensorResult:
     """Look at what was reported since the last look; launch what lacks its item."""
+    import psycopg
+
     now = time.time()
     memory = _Memory.read(context.cursor)
     if now < memory.back_off.until:
@@ -149,19 +152,23 @@ def _schedule(settings: Settings, name: str, at: str, days: int) -> dg.ScheduleD
     return schedule
 
 
-def _reported(clickhouse: ClickHouseResource, since: int, until: int) -> Reported:
+def _reported(clickhouse: ClickHouseResource, since: int, until: int) -> "Reported":
+    from everruns_pipelines.items.unstored import find_reported
+
     with clickhouse.connect(patience=_PATIENCE) as opened:
         return find_reported(opened, clickhouse.settings.spans_table, since, until)
 
 
-def _unstored(postgres: PostgresResource, reported: Reported) -> list[Unstored]:
+def _unstored(postgres: PostgresResource, reported: "Reported") -> "list[Unstored]":
+    from everruns_pipelines.items.unstored import find_unstored
+
     if not reported.rows:
         return []
     with postgres.connect() as connection:
         return find_unstored(connection, reported)
 
 
-def _run_requests(failures: Sequence[Unstored]) -> Iterator[dg.RunRequest]:
+def _run_requests(failures: "Sequence[Unstored]") -> Iterator[dg.RunRequest]:
     """One run per project and so many traces."""
     ordered = sorted(failures, key=_project)
     for (organization, workspace, project), group in groupby(ordered, key=_project):
@@ -176,11 +183,11 @@ def _run_requests(failures: Sequence[Unstored]) -> Iterator[dg.RunRequest]:
             yield dg.RunRequest(run_config={"ops": {"rebuild": {"config": config}}})
 
 
-def _project(failure: Unstored) -> tuple[str, str, str]:
+def _project(failure: "Unstored") -> tuple[str, str, str]:
     return failure.organization, failure.workspace, failure.project
 
 
-def _digest(failure: Unstored) -> str:
+def _digest(failure: "Unstored") -> str:
     return sha256(f"{failure.project} {failure.dedupe_key}".encode()).hexdigest()[:16]
 
 

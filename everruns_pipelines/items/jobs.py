@@ -9,7 +9,6 @@ from pydantic import Field
 from everruns_pipelines.clickhouse import ClickHouseResource
 from everruns_pipelines.failures import RETRIES
 from everruns_pipelines.items.assets import as_metadata, items_failures
-from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
 from everruns_pipelines.postgres import PostgresResource
 
@@ -52,6 +51,8 @@ def rebuild_op(
     clickhouse: dg.ResourceParam[ClickHouseResource],
 ) -> dict[str, int]:
     """Rebuild and return the counts of the interface, which are the output's metadata too."""
+    from everruns_pipelines.items.rebuild import rebuild
+
     with items_failures():
         done = rebuild(postgres, clickhouse, config.request(), context.log.info)
     context.add_output_metadata(as_metadata(done))

@@ -7,6 +7,7 @@ https://docs.dagster.io/guides/test/asset-checks.
 from collections.abc import Iterator, Mapping
 from datetime import date
 from time import monotonic
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import dagster as dg
@@ -17,17 +18,11 @@ from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Fact
-from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.projector import COUNTS
-from everruns_pipelines.reporting.reconcile import (
-    DayReport,
-    DayState,
-    compare_day,
-    materialize_day,
-    stage_days,
-)
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
+
+if TYPE_CHECKING:
+    from everruns_pipelines.reporting.reconcile import DayReport, DayState
 
 OWNERS = ["team:everruns"]
 _CHECKS = {
@@ -106,6 +101,9 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         config: FactConfig,
         postgres: dg.ResourceParam[PostgresResource],
     ) -> None:
+        from everruns_pipelines.reporting.database import prepare
+        from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
+
         with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
             days = _days(context, partitions)
             _check(config)
@@ -154,11 +152,15 @@ def _check(config: FactConfig) -> None:
         ) from None
 
 
-def _summary(report: DayReport) -> str:
+def _summary(report: "DayReport") -> str:
+    from everruns_pipelines.reporting.projector import COUNTS
+
     return ", ".join(f"{report.counts[name]} {name}" for name in (*COUNTS, "orphaned"))
 
 
-def _metadata(report: DayReport, seconds: float) -> dict[str, int | float | dg.MetadataValue]:
+def _metadata(report: "DayReport", seconds: float) -> dict[str, int | float | dg.MetadataValue]:
+    from everruns_pipelines.reporting.projector import COUNTS
+
     counts = {name: report.counts[name] for name in (*COUNTS, "orphaned")}
     metadata: dict[str, int | float | dg.MetadataValue] = dict(counts)
     metadata["dagster/partition_row_count"] = (
@@ -195,6 +197,9 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
     def check(
         context: dg.AssetCheckExecutionContext, postgres: dg.ResourceParam[PostgresResource]
     ) -> Iterator[dg.AssetCheckResult]:
+        from everruns_pipelines.reporting.database import prepare
+        from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+
         with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
             days = _days(context, partitions)
             prepare(connection)
@@ -206,7 +211,7 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
     return check
 
 
-def _judge(name: str, states: Mapping[date, DayState]) -> dg.AssetCheckResult:
+def _judge(name: str, states: "Mapping[date, DayState]") -> dg.AssetCheckResult:
     wrong = {day: _wrong_rows(name, state) for day, state in states.items()}
     found = {day: rows for day, rows in wrong.items() if rows}
     return dg.AssetCheckResult(
@@ -238,7 +243,7 @@ def _judge(name: str, states: Mapping[date, DayState]) -> dg.AssetCheckResult:
     )
 
 
-def _wrong_rows(name: str, state: DayState) -> int:
+def _wrong_rows(name: str, state: "DayState") -> int:
     match name:
         case "no_missing_rows":
             return state.missing

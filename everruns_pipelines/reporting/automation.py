@@ -6,17 +6,18 @@ https://docs.dagster.io/guides/automate/schedules.
 
 import time
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
-import psycopg
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.reporting.jobs import DRAINS, project_reporting
-from everruns_pipelines.reporting.watch import MOST_COUNTED, Due, find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import BackOff, cron, day_range_tags, pause_after
+
+if TYPE_CHECKING:
+    from everruns_pipelines.reporting.watch import Due
 
 SENSOR = "reporting_outbox_sensor"
 WEEKLY_DAYS = 90
@@ -52,6 +53,10 @@ def reporting_outbox_sensor(
     context: dg.SensorEvaluationContext, postgres: dg.ResourceParam[PostgresResource]
 ) -> dg.SensorResult:
     """Look what is due; launch unless somebody is at it already."""
+    import psycopg
+
+    from everruns_pipelines.reporting.watch import find_due
+
     now = time.time()
     back_off = BackOff.read(context.cursor)
     if now < back_off.until:
@@ -106,18 +111,20 @@ def _skipped(reason: str, back_off: BackOff | None = None) -> dg.SensorResult:
     return dg.SensorResult(skip_reason=reason, cursor=(back_off or BackOff()).write())
 
 
-def _seen(due: Due) -> str:
+def _seen(due: "Due") -> str:
     counts = f"Due: {_count(due.pending)} pending, {_count(due.failed)} to retry, {due.lost} lost"
     return counts if due.oldest is None else f"{counts}; the oldest since {due.oldest:%F %T} UTC"
 
 
-def _next(due: Due) -> str:
+def _next(due: "Due") -> str:
     if due.next_retry is None:
         return "No failed row waits for another attempt"
     return f"The next failed row will be tried again at {due.next_retry:%F %T} UTC"
 
 
 def _count(number: int) -> str:
+    from everruns_pipelines.reporting.watch import MOST_COUNTED
+
     return f"at least {number}" if number == MOST_COUNTED else str(number)
 
 

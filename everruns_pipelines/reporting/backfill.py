@@ -86,7 +86,7 @@ def enqueue(
     return {"enqueued": enqueued.total(), **counts}
 
 
-def check(connection: Connection | None, request: BackfillRequest) -> None:
+def check(connection: "Connection | None", request: BackfillRequest) -> None:
     """Refuse what `enqueue` could not do.
 
     Args:

@@ -68,7 +68,7 @@ class Drained:
 
 
 def check(
-    connection: Connection | None,
+    connection: "Connection | None",
     *,
     org_id: int | None = None,
     batch_size: int = 1,

@@ -5,7 +5,7 @@ See https://docs.dagster.io/guides/build/jobs.
 """
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import dagster as dg
 from pydantic import Field
@@ -14,10 +14,9 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import Connection, PostgresResource
-from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
-from everruns_pipelines.reporting.backfill import check as check_request
-from everruns_pipelines.reporting.database import check_platform, prepare
-from everruns_pipelines.reporting.drain import LARGEST_BATCH, Drained, check, drain_in_parallel
+
+if TYPE_CHECKING:
+    from everruns_pipelines.reporting.drain import Drained
 
 # On runs that project what is due, so that they can be found.
 DRAINS = {"everruns/drains": "reporting_outbox"}
@@ -43,7 +42,7 @@ class ProjectConfig(dg.Config):
     """What to project of that which is due."""
 
     org_id: int | None = Field(None, description="One organization; null for all of them.")
-    batch_size: int = Field(5000, description=f"Outbox rows per transaction: 1 to {LARGEST_BATCH}.")
+    batch_size: int = Field(5000, description="Outbox rows per transaction: 1 to 100000.")
     max_rows: int | None = Field(
         None, description="The most outbox rows to project; null until nothing is due."
     )
@@ -64,6 +63,11 @@ def enqueue_op(
     postgres: dg.ResourceParam[PostgresResource],
 ) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
     """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
+    from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+    from everruns_pipelines.reporting.backfill import check as check_request
+    from everruns_pipelines.reporting.database import check_platform, prepare
+    from everruns_pipelines.reporting.drain import check
+
     request = BackfillRequest(config.limit, config.org_id, config.source_types, config.dry_run)
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
         check_platform(connection)
@@ -93,6 +97,9 @@ def project_op(
     postgres: dg.ResourceParam[PostgresResource],
 ) -> dict[str, int]:
     """Project what is due in the outbox into the facts, batch by batch."""
+    from everruns_pipelines.reporting.database import check_platform, prepare
+    from everruns_pipelines.reporting.drain import Drained, check, drain_in_parallel
+
     with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
         check_platform(connection)
         check(
@@ -125,7 +132,7 @@ def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
     return {name: value for name, value in given.items() if isinstance(value, int)}
 
 
-def _progress(connection: Connection, drained: Drained) -> str:
+def _progress(connection: Connection, drained: "Drained") -> str:
     row = connection.execute(
         "SELECT count(*) FROM ("
         "SELECT FROM reporting_outbox WHERE status = 'pending' AND next_attempt_at <= now()"
@@ -136,7 +143,7 @@ def _progress(connection: Connection, drained: Drained) -> str:
     return f"{drained.claimed} rows claimed, {drained.failed} failed; {more}{remaining} remain"
 
 
-def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained: Drained) -> None:
+def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained: "Drained") -> None:
     """Report a materialization for each fact and day that was touched, so that the partitions view
     of the UI is true. Days before the first partition are not in that view.
     """
