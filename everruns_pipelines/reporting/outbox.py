@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any, LiteralString, cast
 
+import psycopg
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, transaction
@@ -72,6 +73,14 @@ class Outbox:
 
         Committed at once: the rows are processing for everybody to see.
         """
+        while True:
+            try:
+                return self._claim(size, org_id)
+            except psycopg.errors.UniqueViolation:
+                # Another projector claimed in the same microsecond, by which claims are told apart.
+                continue
+
+    def _claim(self, size: int, org_id: int | None) -> Claim | None:
         with transaction(self.connection):
             # A claim that a crash of the server forgets leaves its rows due: no need to wait.
             self.connection.execute("SET LOCAL synchronous_commit = off")

@@ -227,6 +227,30 @@ def test_a_claim_reads_what_it_takes_however_many_rows_another_tenant_has_waitin
     assert read < 2_000
 
 
+def test_a_claim_in_the_same_microsecond_as_anothers_is_made_again(
+    world: World, postgres: PostgresResource
+) -> None:
+    world.tool_call(world.org())
+    claimed_at = "timestamptz '2026-01-01 00:00:00Z'"
+    world.connection.execute(
+        f"INSERT INTO everruns_pipelines.outbox_claims VALUES ({claimed_at}, 1);"
+        "CREATE SEQUENCE claims;"
+        "CREATE FUNCTION collide() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF nextval('claims') = 1 THEN NEW.claimed_at := {claimed_at}; END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER collide BEFORE INSERT ON everruns_pipelines.outbox_claims"
+        " FOR EACH ROW EXECUTE FUNCTION collide()"
+    )
+
+    with postgres.connect() as other, ExitStack() as stack:
+        other.execute("SELECT pg_advisory_lock(1)")  # whoever made the other claim is alive
+        claim = opened(world.connection, stack).claim(10)
+
+    assert claim is not None
+    assert claim.size == 1
+    assert value(world.connection, "SELECT last_value FROM claims") == 2
+
+
 def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None:
     org = world.org()
     world.connection.execute(
