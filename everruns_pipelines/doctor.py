@@ -91,7 +91,7 @@ def _own_schema(settings: Settings) -> str:
 
 def _event_index(settings: Settings) -> str:
     with PostgresResource(settings).connect() as connection:
-        if not _exists(connection, "events_ts_projected"):
+        if not database.has_event_index(connection):
             raise _Todo(
                 "without an index on events.ts each day reads all events: "
                 "run `everruns-pipelines init --indexes`"

@@ -112,8 +112,18 @@ def ensure_schema(connection: Connection) -> None:
     own_schema.ensure(connection, "everruns_pipelines.fact_rejections", script)
 
 
+def has_event_index(connection: Connection) -> bool | None:
+    """Are the events of a day found by index? None: there is none; False: its build was aborted."""
+    row = connection.execute(
+        "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('events_ts_projected')"
+    ).fetchone()
+    return None if row is None else bool(row[0])
+
+
 def create_indexes(connection: Connection) -> None:
-    """Make the recommended indexes on the platform's tables, without blocking its writers."""
+    """Make the recommended index on the platform's table, without blocking its writers."""
+    if has_event_index(connection) is False:
+        connection.execute("DROP INDEX CONCURRENTLY events_ts_projected")
     connection.execute(sql.SQL(cast("LiteralString", (_FILES / "indexes.sql").read_text())))
 
 

@@ -262,6 +262,19 @@ def test_the_recommended_index_is_made_on_request_and_once(ready: Connection) ->
     assert rows(ready, index, "events_ts_projected") == [(True,)]
 
 
+def test_an_index_whose_build_was_aborted_is_made_anew(ready: Connection) -> None:
+    database.create_indexes(ready)
+    ready.execute(
+        "UPDATE pg_index SET indisvalid = false"
+        " WHERE indexrelid = to_regclass('events_ts_projected')"
+    )
+    assert database.has_event_index(ready) is False
+
+    database.create_indexes(ready)
+
+    assert database.has_event_index(ready) is True
+
+
 def test_an_organization_that_does_not_exist_is_refused(connection: Connection) -> None:
     with pytest.raises(Refusal) as refusal:
         database.require_org(connection, 4_711)
