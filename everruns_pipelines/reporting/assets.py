@@ -4,7 +4,7 @@ See https://docs.dagster.io/guides/build/assets and
 https://docs.dagster.io/guides/test/asset-checks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.failures import RETRIES, told_plainly
 from everruns_pipelines.partitions import day_partitions
 from everruns_pipelines.postgres import PostgresResource
-from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Fact
+from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
+from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
 
@@ -53,6 +54,7 @@ def source_assets() -> list[dg.AssetSpec]:
             description=f"The platform's table {source.table}: read, never written.",
             kinds={"postgres"},
             owners=OWNERS,
+            metadata={"dagster/column_schema": _schema(SOURCE_COLUMNS[source.table])},
         )
         for source in SOURCES
     ]
@@ -87,12 +89,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
         metadata={
-            "dagster/column_schema": dg.TableSchema(
-                [
-                    dg.TableColumn(column.name, column.type, column.description)
-                    for column in fact.columns
-                ]
-            ),
+            "dagster/column_schema": _schema(fact.columns),
             "dagster/relation_identifier": fact.table,
         },
     )
@@ -125,6 +122,12 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
                 context.log.info(f"{day}: {_summary(report)}; {len(days) - number} days remain")
 
     return materialize
+
+
+def _schema(columns: Sequence[Column]) -> dg.TableSchema:
+    return dg.TableSchema(
+        [dg.TableColumn(column.name, column.type, column.description) for column in columns]
+    )
 
 
 def _days(

@@ -18,6 +18,7 @@ from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.outbox import purge
 from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
@@ -213,6 +214,12 @@ def test_with_the_declared_tables_and_columns_alone_everything_runs(
         assert (state.missing, state.stale, state.superseded, state.orphaned) == (0, 0, 0, 0)
     assert purge(connection, timedelta(0)) > 0
     database.create_indexes(connection)
+
+
+def test_the_described_columns_of_the_sources_are_those_that_are_read() -> None:
+    needed = database.needed_columns()
+    for table, columns in SOURCE_COLUMNS.items():
+        assert sorted(column.name for column in columns) == sorted(needed[table])
 
 
 def test_preparing_again_changes_nothing(ready: Connection) -> None:
