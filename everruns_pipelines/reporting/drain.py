@@ -22,8 +22,9 @@ from everruns_pipelines.reporting.projector import (
     staged_parts,
 )
 
-# Sessions come last: projectors do them one after the other.
-_ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
+# Sessions come last, when all else is finished: projectors do them one after the other, and wait
+# until the one before has committed.
+_ORDER = ((EVENT, LLM_GENERATION, USAGE_LEDGER), (SESSION,))
 _RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 _TRIES = 5
 _PROJECTORS = 2
@@ -239,17 +240,21 @@ def _project(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
 
 
 def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
-    total = Outcome()
+    done = Drained(claim.size)
     with transaction(connection):
         # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
         connection.execute("SET LOCAL random_page_cost = 1.1")
         outbox.take(claim)
         stage(connection, _SELECTED, {})
         parts = staged_parts(connection)
-        for source in _ORDER:
-            if source.type in parts:
-                outcome = project_selection(connection, projections_of(source), *parts[source.type])
-                outbox.fail(source, outcome.failures)
-                total.add(Outcome(outcome.counts))
-        finished = outbox.finish(claim)
-    return Drained(claim.size, finished.completed, finished.failed, finished.parked, total)
+        for sources in _ORDER:
+            for source in sources:
+                if source.type in parts:
+                    part = parts[source.type]
+                    outcome = project_selection(connection, projections_of(source), *part)
+                    outbox.fail(source, outcome.failures)
+                    done.outcome.add(Outcome(outcome.counts))
+            finished = outbox.finish(claim, of_sessions=SESSION in sources)
+            done.add(Drained(0, finished.completed, finished.failed, finished.parked))
+        outbox.forget(claim)
+    return done

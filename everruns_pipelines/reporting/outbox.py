@@ -115,12 +115,19 @@ class Outbox:
             reasons=[failure.reason for failure in failures],
         )
 
-    def finish(self, claim: Claim) -> Finished:
-        """Complete or fail the rows of the batch that are still ours."""
-        row = self._execute("finish", claimed_at=claim.claimed_at).fetchone()
-        self._execute("forget_claim", claimed_at=claim.claimed_at)
+    def finish(self, claim: Claim, *, of_sessions: bool) -> Finished:
+        """Complete or fail rows of the batch that are still ours: those of sessions, or the others.
+
+        Both are to be finished; then the claim is to be forgotten.
+        """
+        parameters = {"claimed_at": claim.claimed_at, "of_sessions": of_sessions}
+        row = self._execute("finish", **parameters).fetchone()
         assert row is not None
         return Finished(*row)
+
+    def forget(self, claim: Claim) -> None:
+        """Nothing of the claim is left to do."""
+        self._execute("forget_claim", claimed_at=claim.claimed_at)
 
     def release(self, claim: Claim) -> None:
         """Give the rows back as if they had not been claimed."""

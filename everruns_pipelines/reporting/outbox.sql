@@ -147,8 +147,9 @@ WHERE batch.source_type = %(source_type)s
     AND batch.source_id = failed.source_id
 
 -- name: finish
--- Completes what was projected. Fenced: a row that somebody else has claimed since is not ours to
--- finish. One that was enqueued again since it was taken is pending again.
+-- Completes what was projected: the rows of sessions, or all others. Fenced: a row that somebody
+-- else has claimed since is not ours to finish. One that was enqueued again since it was taken is
+-- pending again.
 WITH finished AS (
     UPDATE reporting_outbox AS outbox
     SET status = CASE
@@ -167,7 +168,8 @@ WITH finished AS (
         last_error = batch.error,
         updated_at = now()
     FROM pg_temp.batch
-    WHERE outbox.id = batch.id
+    WHERE (batch.source_type = 'session') = %(of_sessions)s
+        AND outbox.id = batch.id
         -- Looked up by id, never by status: statistics know of no row that is processing, and a
         -- join planned for one row takes minutes for thousands. CASE keeps them out of it.
         AND outbox.id = ANY (ARRAY(SELECT id FROM pg_temp.batch))

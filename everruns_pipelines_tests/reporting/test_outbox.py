@@ -39,7 +39,18 @@ def opened(connection: Connection, stack: ExitStack) -> Outbox:
 def finish(connection: Connection, held: Outbox, claim: Claim) -> Finished:
     with transaction(connection):
         held.take(claim)
-        return held.finish(claim)
+        return finish_taken(held, claim)
+
+
+def finish_taken(held: Outbox, claim: Claim) -> Finished:
+    others = held.finish(claim, of_sessions=False)
+    sessions = held.finish(claim, of_sessions=True)
+    held.forget(claim)
+    return Finished(
+        others.completed + sessions.completed,
+        others.failed + sessions.failed,
+        others.parked + sessions.parked,
+    )
 
 
 def status(world: World, outbox_id: UUID) -> str:
@@ -267,7 +278,7 @@ def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None
         with transaction(world.connection):
             held.take(claim)
             before = index_entries_read(world.connection)
-            finished = held.finish(claim)
+            finished = held.finish(claim, of_sessions=False)
         read = index_entries_read(world.connection) - before
 
     assert finished == Finished(1_000, 0, 0)
@@ -468,7 +479,7 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
         with transaction(world.connection):
             held.take(claim)
             held.fail(EVENT, [Failure(org, source, "x" * 5_000)])
-            held.finish(claim)
+            finish_taken(held, claim)
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
 
@@ -525,7 +536,7 @@ def test_a_worker_that_lost_its_claim_completes_nothing(
             )
             taken_over = opened(other, stack).claim(10)
             assert taken_over is not None
-            finished = slow.finish(claim)
+            finished = finish_taken(slow, claim)
 
         assert finished == Finished(completed=1, failed=0, parked=0)
         assert status(world, kept) == "completed"
@@ -545,7 +556,7 @@ def test_a_row_enqueued_again_while_it_is_processing_is_pending_again(
         with transaction(world.connection):
             held.take(claim)
             application_enqueues(application, id_)
-            assert held.finish(claim) == Finished(completed=0, failed=0, parked=0)
+            assert finish_taken(held, claim) == Finished(completed=0, failed=0, parked=0)
 
     assert status(world, id_) == "pending"
     assert value(world.connection, "SELECT next_attempt_at <= now() FROM reporting_outbox")
