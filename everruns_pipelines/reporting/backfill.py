@@ -75,7 +75,7 @@ def enqueue(
         with transaction(connection, work_mem=_WORK_MEM):
             if request.org_id is None and not request.dry_run:
                 _lock(connection, lock_wait_seconds)
-            find_missing(connection, sources, request.org_id)
+            find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
             chosen = _choose(connection, open_limit)
             written = chosen if request.dry_run else _write(connection)
         enqueued += written

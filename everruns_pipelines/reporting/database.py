@@ -44,7 +44,11 @@ _OUTBOX = (
     "last_error claimed_at created_at updated_at"
 )
 _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
-_OWN_TABLES = ("everruns_pipelines.fact_rejections", "everruns_pipelines.outbox_claims")
+_OWN_TABLES = (
+    "everruns_pipelines.event_digests",
+    "everruns_pipelines.fact_rejections",
+    "everruns_pipelines.outbox_claims",
+)
 
 
 def needed_columns() -> dict[str, list[str]]:

@@ -1,262 +1,343 @@
 """Finds every source that lacks a fact, has a stale one, or one too many. See docs/backfill.md.
 
-Facts of events are by far the most, so they are first compared in slices, one for each session:
-the xor of the hashes of all keys that the slice must have and of all that it has is 0 if, and but
-for a chance of 2^-64 only if, they are the same. Key by key only the rest is compared.
+Facts of events are by far the most, so they are first compared session by session: the xor of the
+hashes of all keys that a session must have and of all that it has is 0 if, and but for a chance of
+2^-64 only if, they are the same. Only of sessions that differ are keys looked up.
+
+Which keys the events of a session make is read once and kept as a digest, for events never change.
+A digest says which events it is of, and counts for exactly these.
 """
 
-import secrets
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, LiteralString, cast
+from collections.abc import Collection, Iterable
+from functools import cache
+from hashlib import sha256
+from typing import Any, LiteralString
 
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection
-from everruns_pipelines.reporting.catalog import (
-    EVENT,
-    FACTS,
-    SESSION,
-    Fact,
-    Projection,
-    Source,
-)
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
 from everruns_pipelines.reporting.query import EVERYTHING, projected_rows, selected_rows
+
+# Held by whoever keeps digests. Nobody waits for it: what is not kept is read again.
+_DIGESTS_LOCK = 0x6576_7270_6469_6773
+# Where more sessions differ, or are to be read, everything is.
+_MOST_SESSIONS = 20_000
 
 _OF_ORG = sql.SQL(
     "JOIN organizations AS scope ON scope.org_id = {org_id} AND scope.org_id = %(org_id)s"
 )
+_OF_SESSIONS = sql.SQL("JOIN (SELECT) AS slices ON {session_id} = ANY (%(sessions)s::uuid[])")
 _SETTINGS: tuple[LiteralString, ...] = (
-    # Whole tables are read: worth their workers, whatever the estimate of the groups says.
+    # Whole tables are read: worth their workers, whatever the estimates say.
     "SET LOCAL parallel_tuple_cost = 0",
-    # What differs is looked up by key. The default assumes a spinning disk, and scans instead.
-    "SET LOCAL random_page_cost = 1.1",
+    "SET LOCAL min_parallel_table_scan_size = '1MB'",
     # Tables are read from end to end, which the kernel foresees. Handing every block over from
     # PostgreSQL's own reading processes costs more than it gains.
     "SET LOCAL effective_io_concurrency = 0",
     # Documents hardly ever repeat.
     "SET LOCAL enable_memoize = off",
 )
-_NOTHING = """
-SELECT NULL::text AS source_type, NULL::text AS reason, NULL::bigint AS org_id,
-    NULL::text AS source_id, NULL::timestamptz AS at
-WHERE false
-"""
 
 
-def find_missing(connection: Connection, sources: Collection[Source], org_id: int | None) -> None:
+def find_missing(
+    connection: Connection,
+    sources: Collection[Source],
+    org_id: int | None,
+    *,
+    keep_digests: bool = True,
+) -> None:
     """Fill pg_temp.missing (source_type, reason, org_id, source_id, at), each source once.
 
     Lasts until the end of the transaction.
 
     Args:
         org_id: one organization; None for all of them.
+        keep_digests: keep what was read of events for the next time.
     """
     scope = EVERYTHING if org_id is None else _OF_ORG
-    parts = [(fact, part) for fact in FACTS for part in fact.projections if part.source in sources]
-    sliced = [(fact, part) for fact, part in parts if _is_sliced(fact)]
-    direct = [(fact, part) for fact, part in parts if not _is_sliced(fact)]
-    # The hashes differ from call to call: no two sets of keys stay confused.
-    parameters = {"org_id": org_id, "seed": secrets.randbits(63)}
-    for table in ("slices", "suspects", "missing"):
-        connection.execute(sql.SQL("DROP TABLE IF EXISTS pg_temp.{}").format(sql.Identifier(table)))
+    parameters: dict[str, Any] = {"org_id": org_id, "seed": _seed()}
     for setting in _SETTINGS:
         connection.execute(setting)
 
-    found = [sql.SQL(_NOTHING)]
-    found += [_lacking(fact, part, projected_rows(fact, part, scope)) for fact, part in direct]
-    facts = [fact for fact in FACTS if fact in {fact for fact, _ in sliced}]
-    if facts and _create(connection, "slices", _differing_slices(facts, scope), parameters):
-        suspects = [_suspects(fact, [part for of, part in sliced if of is fact]) for fact in facts]
-        _create(connection, "suspects", _union_all(suspects), parameters)
-        found += [_lacking(fact, part, _suspected(fact, part)) for fact, part in sliced]
-        found += [_superseded(fact, part) for fact, part in sliced if part.supersedes]
+    parts = [(fact, part) for fact in FACTS for part in fact.projections if part.source in sources]
+    sliced = [(fact, part) for fact, part in parts if fact in _sliced_facts()]
+    found: list[sql.Composable] = [sql.SQL(_NOTHING)]
+    found += [_lacking(fact, part, scope) for fact, part in parts if fact not in _sliced_facts()]
+    if sliced:
+        _slice(connection, scope, parameters, keep_digests=keep_digests)
+        # What differs is looked up by key. The default assumes a spinning disk, and scans instead.
+        connection.execute("SET LOCAL random_page_cost = 1.1")
+        found += _in_slices(connection, sliced, scope, parameters)
     _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
+    connection.execute("ANALYZE pg_temp.missing")
 
 
 def _create(
     connection: Connection, table: str, query: sql.Composable, parameters: dict[str, Any]
-) -> int:
-    """Keep the rows of a query for the next one, which is planned for as many; how many."""
+) -> None:
+    """Keep the rows of a query until the end of the transaction."""
     name = sql.Identifier(table)
-    rows = connection.execute(
+    connection.execute(sql.SQL("DROP TABLE IF EXISTS pg_temp.{}").format(name))
+    connection.execute(
         sql.SQL("CREATE TEMPORARY TABLE {} ON COMMIT DROP AS {}").format(name, query), parameters
-    ).rowcount
-    connection.execute(sql.SQL("ANALYZE pg_temp.{}").format(name))
-    return rows
+    )
 
 
-def _lacking(fact: Fact, projection: Projection, expected: sql.Composable) -> sql.Composed:
+def _lacking(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
     """Sources of expected rows that are not stored, or stored with other values."""
     same = [sql.SQL("fact.org_id = expected.org_id AND fact.source_key = expected.source_key")]
     same += [
         sql.SQL("fact.{0} IS NOT DISTINCT FROM expected.{0}").format(sql.Identifier(column))
         for column in projection.tracks
     ]
-    return sql.SQL(
-        "SELECT {type} AS source_type, {reason} AS reason, org_id,"
-        " split_part(source_key, ':', 2) AS source_id, created_at AS at"
-        " FROM ({expected}) AS expected"
-        " WHERE rejected IS NULL AND NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})"
-    ).format(
+    return sql.SQL(_LOOKED_UP if selection is _OF_SESSIONS else _LACKING).format(
         type=sql.Literal(projection.source.type),
         reason=sql.Literal(projection.source.reason),
-        expected=expected,
+        expected=_expected(fact, projection, selection),
         fact=sql.Identifier(fact.table),
         same=sql.SQL(" AND ").join(same),
     )
 
 
-# Slices.
+def _expected(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
+    return sql.SQL("SELECT * FROM ({}) AS projected WHERE rejected IS NULL").format(
+        projected_rows(fact, projection, selection)
+    )
 
 
-def _is_sliced(fact: Fact) -> bool:
-    """It has rows of events, and none that could lack a session."""
-    sources = {projection.source for projection in fact.projections}
-    return EVENT in sources and sources <= {EVENT, SESSION}
+# Which sessions differ, and by what.
 
 
-def _differing_slices(facts: Sequence[Fact], scope: sql.SQL) -> sql.Composed:
-    """Of every fact the sessions whose keys differ, and by what: the xor of the keys' hashes.
+@cache
+def _sliced_facts() -> tuple[Fact, ...]:
+    """Facts that have rows of events, and none that could lack a session."""
+    return tuple(
+        fact
+        for fact in FACTS
+        if EVENT in fact.sources and {EVENT, SESSION}.issuperset(fact.sources)
+    )
 
-    By what is unknown, and NULL, where facts of the session stand under another organization.
+
+@cache
+def _seed() -> int:
+    """The seed of all hashes: another one as soon as projections may make other keys."""
+    versions = "".join(fact.version for fact in _sliced_facts())
+    return int(sha256(versions.encode()).hexdigest()[:15], 16)
+
+
+def _slice(
+    connection: Connection, scope: sql.SQL, parameters: dict[str, Any], *, keep_digests: bool
+) -> None:
+    """Fill pg_temp.slices (session_id, org_id, is_read, difference): the sessions that differ.
+
+    `difference` is the xor of the hashes of the keys by which they do. It is unknown, and NULL,
+    where facts of the session stand under another organization.
     """
-    hashes = [_hashes_of_events(facts, scope)]
-    for fact in facts:
-        hashes.append(_hashes(facts, fact, _stored(fact, scope)))
-        hashes += [
-            _hashes(facts, fact, _expected(fact, projection, scope))
-            for projection in fact.projections
-            if not projection.key
-        ]
-    tables = [sql.Identifier(fact.table) for fact in facts]
-    return sql.SQL(
-        "SELECT org_id, session_id, fact, CASE WHEN is_of_one_org THEN difference END AS difference"
-        " FROM ("
-        "SELECT session.org_id, slice.*,"
-        " (first_org, last_org) IS NOT DISTINCT FROM (session.org_id, session.org_id)"
-        " OR first_org IS NULL AS is_of_one_org"
-        " FROM ("
-        "SELECT session_id, min(org_id) AS first_org, max(org_id) AS last_org, {differences}"
-        " FROM ({hashes}) AS hashes (org_id, session_id, {columns})"
-        " GROUP BY session_id"
-        ") AS slice JOIN sessions AS session ON session.id = session_id"
-        ") AS slice CROSS JOIN LATERAL (VALUES {rows}) AS of_fact (fact, difference)"
-        " WHERE difference <> 0 OR NOT is_of_one_org"
-    ).format(
-        differences=sql.SQL(", ").join(
-            sql.SQL("coalesce(bit_xor({0}), 0) AS {0}").format(table) for table in tables
-        ),
-        hashes=_union_all(hashes),
-        columns=sql.SQL(", ").join(tables),
-        rows=sql.SQL(", ").join(
-            sql.SQL("({}, {})").format(sql.Literal(fact.table), sql.Identifier(fact.table))
-            for fact in facts
-        ),
+    query = sql.SQL(_SLICES).format(
+        parts=_union_all(_slice_parts(scope)), scope=scope.format(org_id=sql.SQL("session.org_id"))
     )
+    _create(connection, "slices", query, parameters)
+    unread = _choose_sessions(connection, "NOT is_read", parameters)
+    if unread:
+        read = _union_all(_read_parts(scope if unread > _MOST_SESSIONS else _OF_SESSIONS))
+        _create(connection, "read", sql.SQL(_READ).format(parts=read), parameters)
+        connection.execute(_TAKE_IN)
+        if keep_digests:
+            _keep_digests(connection, parameters)
+    connection.execute("DELETE FROM pg_temp.slices WHERE difference = 0")
 
 
-def _hashes_of_events(facts: Sequence[Fact], scope: sql.SQL) -> sql.Composed:
-    """The hashes of all declared keys, in one pass over the events: a column for every fact.
+def _choose_sessions(
+    connection: Connection, condition: LiteralString, parameters: dict[str, Any]
+) -> int:
+    """Make slices the sessions of `_OF_SESSIONS`, unless they are too many; how many there are.
 
-    Their organization is their session's; joining a session to every event would cost a fifth of
-    the pass, so it is joined to the slice instead.
+    As parameters, since a query that reads a temporary table has no parallel workers.
     """
-    declared = [[part for part in fact.projections if part.key] for fact in facts]
-    session = "" if scope is EVERYTHING else "JOIN sessions AS session ON session.id = session_id"
-    return sql.SQL(
-        "SELECT NULL::bigint, session_id, {hashes} FROM events AS source {session} {scope}"
-        " WHERE event_type IN ({event_types})"
+    row = connection.execute(
+        sql.SQL(
+            "SELECT count(*), array_agg(session_id) FILTER (WHERE number <= {most})::text,"
+            " array_agg(difference) FILTER (WHERE number <= {most})::text FROM ("
+            "SELECT *, row_number() OVER () AS number FROM pg_temp.slices WHERE {condition}"
+            ") AS slice"
+        ).format(most=sql.Literal(_MOST_SESSIONS), condition=sql.SQL(condition))
+    ).fetchone()
+    assert row is not None
+    parameters["sessions"], parameters["differences"] = (value or "{}" for value in row[1:])
+    return row[0]
+
+
+def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
+    """Per session: its organization, which events it has, what its digest says, and other keys."""
+    yield sql.SQL(
+        "SELECT session_id, NULL::bigint, NULL::bigint, bit_xor({id}), NULL::bigint, NULL::bigint"
+        " FROM {events} GROUP BY 1"
+    ).format(id=sql.SQL(_EVENT_ID), events=_events(scope))
+    yield sql.SQL(
+        "SELECT session_id, NULL, NULL, events, keys, NULL"
+        " FROM everruns_pipelines.event_digests AS source {scope} WHERE seed = %(seed)s"
+    ).format(scope=_by_session(scope))
+    yield sql.SQL(
+        "SELECT id, source.org_id, source.org_id, NULL, NULL, NULL FROM sessions AS source {}"
+    ).format(scope.format(org_id=sql.SQL("source.org_id")))
+    for fact in _sliced_facts():
+        yield sql.SQL(
+            "SELECT session_id, min(source.org_id), max(source.org_id), NULL, NULL, bit_xor({hash})"
+            " FROM {fact} AS source {scope} GROUP BY 1"
+        ).format(
+            hash=_hash(fact, sql.SQL("source_key")),
+            fact=sql.Identifier(fact.table),
+            scope=scope.format(org_id=sql.SQL("source.org_id")),
+        )
+    for fact, part in _parts_of(SESSION):
+        yield sql.SQL(
+            "SELECT session_id, NULL, NULL, NULL, NULL, bit_xor({hash})"
+            " FROM ({expected}) AS expected GROUP BY 1"
+        ).format(hash=_hash(fact, sql.SQL("source_key")), expected=_expected(fact, part, scope))
+
+
+def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
+    """Per session: which events it has, and the keys that they make."""
+    yield sql.SQL(
+        "SELECT session_id, bit_xor({id}), bit_xor(CASE event_type {keys} END)"
+        " FROM {events} GROUP BY 1"
     ).format(
-        hashes=sql.SQL(", ").join(
-            sql.SQL("CASE {} END").format(sql.SQL(" ").join(map(_hash_of_event, parts)))
-            for parts in declared
+        id=sql.SQL(_EVENT_ID),
+        keys=sql.SQL(" ").join(
+            sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), sql.SQL(" # ").join(hashes))
+            for kind, hashes in _hashes_of_events().items()
         ),
-        session=sql.SQL(session),
-        scope=scope.format(org_id=sql.SQL("session.org_id")),
-        event_types=_literals(
-            dict.fromkeys(kind for parts in declared for part in parts for kind in part.event_types)
-        ),
+        events=_events(selection),
+    )
+    for fact, part in _parts_of(EVENT):
+        if not part.key:
+            yield sql.SQL(
+                "SELECT session_id, NULL, bit_xor({hash}) FROM ({expected}) AS expected GROUP BY 1"
+            ).format(
+                hash=_hash(fact, sql.SQL("source_key")), expected=_expected(fact, part, selection)
+            )
+
+
+def _keep_digests(connection: Connection, parameters: dict[str, Any]) -> None:
+    locked = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_DIGESTS_LOCK]).fetchone()
+    if locked == (True,):
+        connection.execute(_FORGET_DIGESTS)
+        connection.execute(_KEEP_DIGESTS, parameters)
+
+
+def _parts_of(source: Source) -> Iterable[tuple[Fact, Projection]]:
+    return (
+        (fact, part)
+        for fact in _sliced_facts()
+        for part in fact.projections
+        if part.source is source
     )
 
 
-def _hash_of_event(projection: Projection) -> sql.Composed:
-    return sql.SQL("WHEN event_type IN ({types}) AND {only} THEN {hash}").format(
-        types=_literals(projection.event_types),
-        only=sql.SQL(projection.only),
-        hash=_hash(sql.SQL(projection.key or "NULL")),
-    )
-
-
-def _hashes(facts: Sequence[Fact], fact: Fact, keys: sql.Composable) -> sql.Composed:
-    """The hashes of the keys of one fact, in the columns of all."""
-    return sql.SQL("SELECT org_id, session_id, {} FROM ({}) AS keys").format(
-        sql.SQL(", ").join(
-            _hash(sql.Identifier("source_key")) if other is fact else sql.SQL("NULL::bigint")
-            for other in facts
-        ),
-        keys,
-    )
-
-
-def _hash(key: sql.Composable) -> sql.Composed:
-    return sql.SQL("hashtextextended({}, %(seed)s)").format(key)
-
-
-def _expected(fact: Fact, projection: Projection, scope: sql.SQL) -> sql.Composed:
-    return sql.SQL(
-        "SELECT org_id, session_id, source_key, created_at FROM ({}) AS projected"
-        " WHERE rejected IS NULL"
-    ).format(projected_rows(fact, projection, scope))
-
-
-def _stored(fact: Fact, scope: sql.SQL) -> sql.Composed:
-    return sql.SQL("SELECT fact.* FROM {} AS fact {}").format(
-        sql.Identifier(fact.table), scope.format(org_id=sql.SQL("fact.org_id"))
-    )
-
-
-# What the slices that differ are made of.
-
-
-def _suspects(fact: Fact, projections: Iterable[Projection]) -> sql.Composed:
-    """The expected keys of slices that differ.
-
-    Where the difference is the hash of an expected key, that key is the difference, and the others
-    are not suspected. So they are wherever a single fact is missing.
-    """
-    return sql.SQL(
-        "SELECT {name} AS fact, projection, org_id, source_key, created_at FROM ("
-        "SELECT expected.*, {hash} IS NOT DISTINCT FROM difference AS is_difference,"
-        " bool_or({hash} IS NOT DISTINCT FROM difference)"
-        " OVER (PARTITION BY org_id, session_id) AS is_explained"
-        " FROM ({expected}) AS expected"
-        " JOIN pg_temp.slices AS slice USING (org_id, session_id)"
-        " WHERE slice.fact = {name}"
-        ") AS expected WHERE is_difference OR NOT is_explained"
-    ).format(
-        name=sql.Literal(fact.table),
-        hash=_hash(sql.Identifier("source_key")),
-        expected=_union_all(
-            [
-                sql.SQL("SELECT {} AS projection, expected.* FROM ({}) AS expected").format(
-                    sql.Literal(projection.name),
-                    _expected(fact, projection, _in_slices(fact, projection.source)),
+def _hashes_of_events() -> dict[str, list[sql.Composed]]:
+    """By event type the hashes of declared keys, over `source`: 0 where the event makes none."""
+    hashes: dict[str, list[sql.Composed]] = {}
+    for fact, part in _parts_of(EVENT):
+        if part.key:
+            for event_type in part.event_types:
+                hashes.setdefault(event_type, []).append(
+                    sql.SQL("CASE WHEN {} THEN {} ELSE 0 END").format(
+                        sql.SQL(part.only), _hash(fact, sql.SQL(part.key))
+                    )
                 )
-                for projection in projections
-            ]
+    return hashes
+
+
+def _hash(fact: Fact, key: sql.Composable) -> sql.Composed:
+    """Keys of different facts are different."""
+    return sql.SQL("hashtextextended({}, %(seed)s + {})").format(
+        key, sql.Literal(FACTS.index(fact))
+    )
+
+
+def _events(selection: sql.SQL) -> sql.Composed:
+    """The projected events of a selection, as `source`, without what they say."""
+    event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
+    return sql.SQL("events AS source {} WHERE event_type IN ({})").format(
+        _by_session(selection), sql.SQL(", ").join(map(sql.Literal, event_types))
+    )
+
+
+def _by_session(selection: sql.SQL) -> sql.Composed:
+    """A selection of rows that have no organization of their own; joins no more than it needs."""
+    session = "JOIN sessions AS session ON session.id = source.session_id"
+    return sql.SQL("{} {}").format(
+        sql.SQL(session if selection is _OF_ORG else ""),
+        selection.format(org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")),
+    )
+
+
+# What is missing in the sessions that differ.
+
+
+def _in_slices(
+    connection: Connection,
+    parts: Collection[tuple[Fact, Projection]],
+    scope: sql.SQL,
+    parameters: dict[str, Any],
+) -> list[sql.Composable]:
+    """Queries for the sources that lack a fact, or have one too many, in the slices."""
+    found: list[sql.Composable] = []
+    slices = _choose_sessions(connection, "true", parameters)
+    if 0 < slices <= _MOST_SESSIONS:
+        scope = _OF_SESSIONS
+        for number, query in enumerate(_explained(parts)):
+            table = f"explained_{number}"
+            _create(connection, table, query, parameters)
+            explained = sql.Identifier(table)
+            found.append(sql.SQL(_OF_EXPLAINED).format(explained))
+            connection.execute(sql.SQL(_FORGET_EXPLAINED).format(explained))
+            slices = _choose_sessions(connection, "true", parameters)
+    if slices:
+        found += [_lacking(fact, part, scope) for fact, part in parts]
+        found += [_superseded(fact, part, scope) for fact, part in parts if part.supersedes]
+    return found
+
+
+def _explained(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composable]:
+    """Queries for sources by whose expected keys, or some of them, their session differs.
+
+    Where one or two facts are missing they are found so, and no key has to be looked up.
+    """
+    has_events = any(part.key for _, part in parts)
+    if has_events:
+        yield _explained_events(_ONE_EXPLAINS)
+    for fact, part in parts:
+        if not part.key:
+            yield sql.SQL(_EXPLAINED).format(
+                type=sql.Literal(part.source.type),
+                reason=sql.Literal(part.source.reason),
+                expected=_expected(fact, part, _OF_SESSIONS),
+                hash=_hash(fact, sql.SQL("source_key")),
+            )
+    if has_events:
+        yield _explained_events(_TWO_EXPLAIN)
+
+
+def _explained_events(query: LiteralString) -> sql.Composed:
+    """Asks of each event for the hash of every key that it makes, and of all together."""
+    by_type = _hashes_of_events()
+    for hashes in by_type.values():
+        if len(hashes) > 1:
+            hashes.append(sql.SQL(" # ").join(hashes))
+    return sql.SQL(query).format(
+        type=sql.Literal(EVENT.type),
+        reason=sql.Literal(EVENT.reason),
+        hashes=sql.SQL(" ").join(
+            sql.SQL("WHEN {} THEN ARRAY[{}]").format(sql.Literal(kind), sql.SQL(", ").join(hashes))
+            for kind, hashes in by_type.items()
         ),
     )
 
 
-def _suspected(fact: Fact, projection: Projection) -> sql.Composed:
-    return sql.SQL(
-        "SELECT *, NULL AS rejected FROM pg_temp.suspects WHERE fact = {} AND projection = {}"
-    ).format(sql.Literal(fact.table), sql.Literal(projection.name))
-
-
-def _superseded(fact: Fact, projection: Projection) -> sql.Composed:
-    """Sources of slices that differ, with a fact that their projection no longer makes."""
-    selection = _in_slices(fact, projection.source)
+def _superseded(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
+    """Sources with a fact that their projection no longer makes."""
     return sql.SQL(
         "SELECT {type}, {reason}, source.org_id, source.source_id::text, source.at"
         " FROM (SELECT org_id, id AS source_id, {time} AS at FROM ({sources}) AS source) AS source"
@@ -275,18 +356,139 @@ def _superseded(fact: Fact, projection: Projection) -> sql.Composed:
     )
 
 
-def _in_slices(fact: Fact, source: Source) -> sql.SQL:
-    session_id = "source.id" if source is SESSION else "source.session_id"
-    return sql.SQL(
-        "JOIN pg_temp.slices AS slice ON slice.org_id = {org_id}"
-        f" AND slice.session_id = {session_id}"
-        f" AND slice.fact = '{cast('LiteralString', fact.table)}'"
-    )
-
-
-def _literals(values: Iterable[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Literal, values))
-
-
 def _union_all(queries: Iterable[sql.Composable]) -> sql.Composed:
     return sql.SQL(" UNION ALL ").join(queries)
+
+
+_EVENT_ID: LiteralString = "uuid_hash_extended(source.id, %(seed)s)"
+
+_NOTHING = """
+SELECT NULL::text AS source_type, NULL::text AS reason, NULL::bigint AS org_id,
+    NULL::text AS source_id, NULL::timestamptz AS at
+WHERE false
+"""
+
+_LACKING = """
+SELECT {type}, {reason}, org_id, split_part(source_key, ':', 2), created_at
+FROM ({expected}) AS expected
+WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
+"""
+
+# OFFSET: key by key. How many there are cannot be told beforehand, and a plan for too many reads
+# all of the fact.
+_LOOKED_UP = """
+SELECT {type}, {reason}, org_id, split_part(source_key, ':', 2), created_at
+FROM ({expected}) AS expected
+LEFT JOIN LATERAL (SELECT true AS is_there FROM {fact} AS fact WHERE {same} OFFSET 0) AS stored
+    ON true
+WHERE is_there IS NULL
+"""
+
+# Whichever session is gone, nothing of it can be missing.
+_SLICES = """
+SELECT
+    session_id,
+    session.org_id,
+    events = 0 AS is_read,
+    CASE WHEN first_org = last_org THEN keys # CASE WHEN events = 0 THEN digest ELSE 0 END END
+        AS difference
+FROM (
+    SELECT
+        session_id,
+        min(first_org) AS first_org,
+        max(last_org) AS last_org,
+        coalesce(bit_xor(events), 0) AS events,
+        coalesce(bit_xor(digest), 0) AS digest,
+        coalesce(bit_xor(keys), 0) AS keys
+    FROM ({parts}) AS parts (session_id, first_org, last_org, events, digest, keys)
+    GROUP BY session_id
+) AS slice
+JOIN sessions AS session ON session.id = session_id
+{scope}
+WHERE events <> 0 OR keys <> digest OR first_org <> last_org
+"""
+
+_READ = """
+SELECT session_id, bit_xor(events) AS events, coalesce(bit_xor(keys), 0) AS keys
+FROM ({parts}) AS parts (session_id, events, keys)
+GROUP BY session_id
+"""
+
+_TAKE_IN = """
+UPDATE pg_temp.slices AS slice
+SET difference = difference # keys
+FROM pg_temp.read
+WHERE read.session_id = slice.session_id AND NOT is_read
+"""
+
+_FORGET_DIGESTS = """
+DELETE FROM everruns_pipelines.event_digests AS digest
+USING pg_temp.slices AS slice
+WHERE slice.session_id = digest.session_id AND NOT is_read
+"""
+
+_KEEP_DIGESTS = """
+INSERT INTO everruns_pipelines.event_digests (session_id, seed, events, keys)
+SELECT session_id, %(seed)s, events, keys
+FROM pg_temp.read
+JOIN pg_temp.slices USING (session_id)
+WHERE NOT is_read
+"""
+
+_ONE_EXPLAINS: LiteralString = """
+SELECT
+    {type} AS source_type,
+    {reason} AS reason,
+    session.org_id,
+    source.id::text AS source_id,
+    ts AS at,
+    session_id
+FROM events AS source
+JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
+    ON slice.id = source.session_id
+JOIN sessions AS session ON session.id = source.session_id
+WHERE difference = ANY (CASE event_type {hashes} END)
+"""
+
+_TWO_EXPLAIN: LiteralString = """
+WITH hashes AS MATERIALIZED (
+    SELECT source.id, source.session_id, source.ts, hash, hash # difference AS other_hash
+    FROM events AS source
+    JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
+        ON slice.id = source.session_id
+    CROSS JOIN LATERAL unnest(CASE event_type {hashes} END) AS hash
+    WHERE hash <> 0
+)
+SELECT
+    {type} AS source_type,
+    {reason} AS reason,
+    session.org_id,
+    one.id::text AS source_id,
+    one.ts AS at,
+    session_id
+FROM hashes AS one
+JOIN hashes AS other USING (session_id)
+JOIN sessions AS session ON session.id = session_id
+WHERE one.other_hash = other.hash AND one.id <> other.id
+"""
+
+_OF_EXPLAINED = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
+
+_FORGET_EXPLAINED = (
+    "DELETE FROM pg_temp.slices WHERE session_id IN (SELECT session_id FROM pg_temp.{})"
+)
+
+_EXPLAINED = """
+SELECT
+    {type} AS source_type,
+    {reason} AS reason,
+    org_id,
+    split_part(source_key, ':', 2) AS source_id,
+    created_at AS at,
+    session_id
+FROM ({expected}) AS expected
+WHERE (session_id, {hash}) IN (
+    SELECT id, difference
+    FROM unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
+)
+"""

@@ -5,7 +5,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from everruns_pipelines.reporting.catalog import Column, Fact, Projection, Source
+from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
 
 # Sources staged by `projector.stage`, part by part.
 STAGED = sql.SQL(
@@ -28,7 +28,9 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
             else ""
         ),
         selection=selection.format(
-            org_id=org_id, of_types=_of_types("AND selection.event_type", event_types)
+            org_id=org_id,
+            session_id=sql.SQL("source.id" if source is SESSION else "source.session_id"),
+            of_types=_of_types("AND selection.event_type", event_types),
         ),
         where=_of_types("WHERE source.event_type", event_types),
     )

@@ -36,3 +36,13 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
     claimed_at timestamptz PRIMARY KEY,
     lock_key bigint NOT NULL
 );
+
+-- Which keys the events of a session make: `keys` is the xor of their hashes, `events` that of the
+-- events' ids, so that it is known which events were read; `seed` is the seed of both. See
+-- docs/backfill.md. Events never change; a row that is lost is made anew.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.event_digests (
+    session_id uuid PRIMARY KEY,
+    seed bigint NOT NULL,
+    events bigint NOT NULL,
+    keys bigint NOT NULL
+);

@@ -597,11 +597,75 @@ def test_two_backfills_at_once_enqueue_each_missing_source_once_between_them(
     assert len(_outbox(connection)) == missing["enqueued"]
 
 
+# Digests of events.
+
+
+def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
+    load_adversarial_sources(connection, seed=4, sessions=5)
+    ensure_schema(connection)
+    _backfill(connection, dry_run=True)
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.event_digests") == 0
+    _backfill(connection)
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.event_digests") > 0
+
+
+def test_an_event_written_since_the_events_were_read_is_missing(world: Connection) -> None:
+    _backfill(world)
+    added = _add_events(world, 1)
+    assert _backfill(world, source_types=["event"])["enqueued"] == len(added) == 1
+    assert {id_ for _, id_ in _pending(world)} == added
+
+
+def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
+    world: Connection,
+) -> None:
+    _backfill(world)
+    world.execute("SET LOCAL app.archival_bypass = 'true'")
+    gone = world.execute(
+        "DELETE FROM events WHERE id IN (SELECT DISTINCT ON (session_id) id FROM events"
+        " WHERE event_type = 'tool.completed') RETURNING id"
+    ).rowcount
+    world.execute(
+        "DELETE FROM fact_tool_call AS fact WHERE NOT EXISTS"
+        " (SELECT FROM events WHERE fact.source_key = 'event:' || events.id)"
+    )
+    world.execute(
+        "DELETE FROM fact_capability_usage AS fact WHERE source_key LIKE '%:invoked'"
+        " AND NOT EXISTS (SELECT FROM events WHERE fact.source_key LIKE 'event:' || id || '%')"
+    )
+    added = _add_events(world, gone)
+    assert _backfill(world, source_types=["event"])["enqueued"] == len(added) == gone
+    assert {id_ for _, id_ in _pending(world)} == added
+
+
+def test_a_digest_of_other_projections_does_not_count(world: Connection) -> None:
+    _backfill(world)
+    world.execute("UPDATE everruns_pipelines.event_digests SET seed = seed + 1, keys = keys + 1")
+    assert _backfill(world) == NOTHING
+    lost = _lose(world, "fact_turn", 1)
+    assert _backfill(world)["events"] == 1
+    assert {id_ for _, id_ in _pending(world)} == lost
+
+
+def _add_events(connection: Connection, number: int) -> set[str]:
+    """A tool call at the end of each of so many sessions; their ids."""
+    rows = connection.execute(
+        "INSERT INTO events (session_id, sequence, event_type, ts, context, data)"
+        " SELECT session_id, max(sequence) + 1, 'tool.completed', max(ts), '{}', '{}'"
+        " FROM events GROUP BY session_id ORDER BY session_id LIMIT %s RETURNING id::text",
+        [number],
+    )
+    return {id_ for (id_,) in rows}
+
+
 # Odd sources.
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_missing_is_what_a_recomputation_misses(connection: Connection, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "looked_up"), [(1, 20_000), (2, 20_000), (2, 3)])
+def test_missing_is_what_a_recomputation_misses(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, seed: int, looked_up: int
+) -> None:
+    monkeypatch.setattr("everruns_pipelines.reporting.missing._MOST_SESSIONS", looked_up)
     load_adversarial_sources(connection, seed=seed, sessions=15, events_per_session=20)
     ensure_schema(connection)
     assert _enqueued_all(connection) == {

@@ -47,16 +47,16 @@ FROM (
     FROM selected
     JOIN harness_capabilities USING (harness_id)
     UNION ALL
-    SELECT DISTINCT selected.org_id, selected.id, selected.created_at, 'session', named.id
+    SELECT selected.org_id, selected.id, selected.created_at, 'session', named.id
     FROM selected,
-        jsonb_array_elements(
-            CASE WHEN jsonb_typeof(capabilities) = 'array' THEN capabilities ELSE '[]' END
-        ) AS listed (capability),
         LATERAL (
-            SELECT CASE
+            SELECT DISTINCT CASE
                 WHEN jsonb_typeof(capability) = 'string' THEN capability #>> '{}'
                 WHEN jsonb_typeof(capability -> 'ref') = 'string' THEN capability ->> 'ref'
             END AS id
+            FROM jsonb_array_elements(
+                CASE WHEN jsonb_typeof(capabilities) = 'array' THEN capabilities ELSE '[]' END
+            ) AS listed (capability)
         ) AS named
     WHERE named.id <> ''
 ) AS configured
