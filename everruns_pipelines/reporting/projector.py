@@ -7,7 +7,6 @@ projected again. Everything happens in the caller's transaction.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cache
 from typing import Any
 
@@ -40,10 +39,13 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What a projection did: per fact table and UTC day, counts under the names in `COUNTS`."""
+    """What a projection did: per fact table and UTC day, counts under the names in `COUNTS`.
 
-    counts: dict[tuple[str, date], Counter[str]] = field(
-        default_factory=dict[tuple[str, date], Counter[str]]
+    Days are text, as PostgreSQL writes them: it knows days that Python's calendar lacks.
+    """
+
+    counts: dict[tuple[str, str], Counter[str]] = field(
+        default_factory=dict[tuple[str, str], Counter[str]]
     )
     failures: list[Failure] = field(default_factory=list[Failure])
 
@@ -180,7 +182,7 @@ def _project(
     older state of a source never overwrites a newer one, and no update is lost.
     """
     statement = _statement(fact, projection)
-    written: Counter[tuple[str, date]] = Counter()
+    written: Counter[tuple[str, str]] = Counter()
     while True:
         outcome = Outcome()
         contested = 0
@@ -278,7 +280,7 @@ written AS (
 {noted}
 removed AS ({removed})
 SELECT
-    day,
+    day::text,
     coalesce(read, 0),
     coalesce(inserted, 0),
     coalesce(refreshed, 0),

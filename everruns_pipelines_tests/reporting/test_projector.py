@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, PostgresResource, transaction
-from everruns_pipelines.reporting.catalog import EVENT, SESSION, SOURCES, Source
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, SOURCES, Source
 from everruns_pipelines.reporting.projector import (
     Outcome,
     project_selection,
@@ -25,6 +25,7 @@ from everruns_pipelines_tests.reporting.adversarial import (
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     NOON,
+    TIMES_BEYOND_PYTHON,
     World,
     drain_all,
     enqueue_all,
@@ -66,6 +67,33 @@ def rejections(connection: Connection) -> list[tuple[Any, ...]]:
         "SELECT fact, source_key, reason, written FROM everruns_pipelines.fact_rejections"
         " ORDER BY 1, 2",
     )
+
+
+@pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
+def test_sources_of_a_time_that_python_cannot_hold_are_written_like_their_neighbours(
+    world: World, time: str
+) -> None:
+    connection = world.connection
+    org = world.org()
+    for created_at in (NOON, time):
+        session = world.session(org, created_at=created_at)
+        world.event(session, ts=created_at, data={"capability_id": "c"})
+        world.event(session, "turn.completed", ts=created_at)
+        world.generation(org, session, created_at=created_at)
+        world.posting(org, session, created_at=created_at)
+    enqueued = enqueue_all(connection)
+
+    drained = drain_all(connection)
+
+    assert (drained.completed, drained.failed) == (enqueued, 0)
+    for fact in FACTS:
+        written_at = sql.SQL(
+            "SELECT created_at = %(time)s, count(*) FROM {}"
+            " WHERE time_bucket_day = (created_at AT TIME ZONE 'UTC')::date"
+            " AND created_at IN (%(noon)s, %(time)s) GROUP BY 1 ORDER BY 1"
+        ).format(sql.Identifier(fact.table))
+        found = connection.execute(written_at, {"time": time, "noon": NOON}).fetchall()
+        assert found == [(False, 1), (True, 1)], fact.table
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -23,6 +23,7 @@ from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     DAY,
     NOON,
+    TIMES_BEYOND_PYTHON,
     World,
     drain_all,
     enqueue_all,
@@ -146,6 +147,23 @@ def test_a_row_that_stands_in_the_wrong_day_is_found_from_there(world: World) ->
     assert materialized(connection, TOOL_CALL, date(2026, 2, 1))["refreshed"] == 1
 
     assert differences(connection) == []
+
+
+@pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
+def test_a_fact_that_stands_in_the_wrong_day_is_put_right_whatever_its_own_day(
+    world: World, time: str
+) -> None:
+    connection = world.connection
+    world.event(world.session(world.org()), ts=time)
+    enqueue_all(connection)
+    drain_all(connection)
+    connection.execute("UPDATE fact_tool_call SET time_bucket_day = %s", [DAY])
+    assert compared(connection, TOOL_CALL).stale == 1
+
+    assert materialized(connection, TOOL_CALL) == {"read": 1, "refreshed": 1}
+
+    right = "SELECT time_bucket_day = (ts AT TIME ZONE 'UTC')::date FROM fact_tool_call, events"
+    assert value(connection, right)
 
 
 def test_comparing_a_day_writes_nothing(world: World) -> None:
