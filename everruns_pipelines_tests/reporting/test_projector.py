@@ -153,6 +153,41 @@ def test_a_source_that_cannot_be_stored_fails_alone_and_is_named_without_its_val
     assert differences(ready) == []
 
 
+def test_the_duration_of_a_session_is_exact_however_far_apart_its_times(world: World) -> None:
+    connection = world.connection
+    org = world.org()
+    times = {
+        ("2026-03-01 00:00:00.0004", "2026-03-01 00:00:01.0009"): 1001,  # half a millisecond: up
+        ("2026-03-01 00:00:00", "2026-03-01 00:00:01.0004"): 1000,
+        ("2026-03-02", "2026-03-01"): 0,
+        (None, "2026-03-01"): 0,
+        ("2026-03-01", None): 0,
+        ("infinity", "2026-03-01"): 0,
+        ("0001-01-01", "9999-12-31"): 3652058 * 86_400_000,
+        ("4713-01-01 BC", "294276-12-31"): 109203489 * 86_400_000,
+    }
+    durations = {
+        f"session:{world.session(org, started_at=started, finished_at=finished)}": duration
+        for (started, finished), duration in times.items()
+    }
+    endless = [
+        str(world.session(org, started_at=started, finished_at=finished))
+        for started, finished in (
+            ("2026-03-01", "infinity"),
+            ("-infinity", "2026-03-01"),
+            ("infinity", "infinity"),
+            ("-infinity", "-infinity"),
+        )
+    ]
+
+    outcome = project_all(connection, SESSION)
+
+    assert dict(rows(connection, "SELECT source_key, duration_ms FROM fact_session")) == durations
+    assert sorted((failure.source_id, failure.reason) for failure in outcome.failures) == [
+        (id_, "duration_ms is beyond bigint") for id_ in sorted(endless)
+    ]
+
+
 def test_unstorable_sources_lack_facts_only_in_their_own_table_when_a_day_is_materialized(
     ready: Connection,
 ) -> None:

@@ -149,6 +149,33 @@ def test_a_row_that_stands_in_the_wrong_day_is_found_from_there(world: World) ->
     assert differences(connection) == []
 
 
+@pytest.mark.parametrize(
+    ("started", "finished", "storable"),
+    [
+        ("4713-01-01 BC", "294276-12-31", True),
+        ("infinity", "2026-03-01", True),
+        ("-infinity", "2026-03-01", False),
+        ("2026-03-01", "infinity", False),
+        ("infinity", "infinity", False),
+    ],
+)
+def test_a_session_of_any_length_is_compared_and_only_an_infinite_one_lacks_its_fact(
+    world: World, started: str, finished: str, storable: bool
+) -> None:
+    connection = world.connection
+    org = world.org()
+    world.session(org)
+    odd = world.session(org, started_at=started, finished_at=finished)
+    lacking = 0 if storable else 1
+
+    assert compared(connection, SESSION_FACT) == DayState(2, 2, 0, 0, 0)
+    stage_days(connection, SESSION_FACT, DAY, DAY)
+    report = materialize_day(connection, SESSION_FACT, DAY)
+
+    assert compared(connection, SESSION_FACT) == DayState(2, lacking, 0, 0, 0)
+    assert [failure.source_id for failure in report.failures] == [str(odd)] * lacking
+
+
 @pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
 def test_a_fact_that_stands_in_the_wrong_day_is_put_right_whatever_its_own_day(
     world: World, time: str
