@@ -14,6 +14,7 @@ from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.automation import SENSOR, reporting_outbox_sensor
 from everruns_pipelines.reporting.jobs import DRAINS
+from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import BackOff
 
@@ -85,6 +86,30 @@ def test_a_due_row_launches_one_run(
     enqueue(connection, org, status, "-1 minute", claimed=claimed)
     result = tick(instance, postgres)
     assert len(result.run_requests or []) == 1
+
+
+@pytest.mark.parametrize("status", ["pending", "failed"])
+@pytest.mark.parametrize("due", ["-infinity", "0044-03-15 BC"])
+def test_a_row_that_is_due_since_before_pythons_calendar_launches_a_run_like_any_other(
+    instance: DagsterInstance,
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    status: str,
+    due: str,
+) -> None:
+    enqueue(connection, org, status, "-1 minute")
+    connection.execute("UPDATE reporting_outbox SET next_attempt_at = %s", [due])
+    assert find_due(connection).oldest == datetime(1970, 1, 1, tzinfo=UTC)
+    assert len(tick(instance, postgres).run_requests or []) == 1
+
+
+def test_a_row_that_is_due_after_pythons_calendar_is_told_as_late_as_it_goes(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "failed", "1 hour")
+    connection.execute("UPDATE reporting_outbox SET next_attempt_at = '12000-01-01'")
+    assert "tried again at 9999-12-31 00:00:00 UTC" in said(tick(instance, postgres))
 
 
 @pytest.mark.parametrize(
