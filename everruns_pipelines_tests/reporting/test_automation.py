@@ -3,12 +3,14 @@
 import re
 import time
 from datetime import UTC, datetime, timedelta
+from logging import getLogger
 from typing import Any, cast
 
 import dagster as dg
 import psycopg
 import pytest
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRun
+from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.postgres import Connection, PostgresResource
@@ -17,6 +19,7 @@ from everruns_pipelines.reporting.jobs import DRAINS
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import BackOff
+from everruns_pipelines_tests.deployment import ROOT
 
 
 @pytest.fixture
@@ -135,6 +138,37 @@ def test_one_run_at_a_time_projects_all_organizations(
         assert re.search(r"Due: 1 pending.*Run \S+ of project_reporting is at work", said(result))
     else:
         assert len(result.run_requests or []) == 1
+
+
+def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    postgres_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the repository's own dagster.yaml."""
+    monkeypatch.setenv("EVERRUNS_DAGSTER_POSTGRES_URL", postgres_url)
+    enqueue(connection, org, "pending", "-1 minute")
+    with DagsterInstance.from_config(str(ROOT)) as instance:
+        gone = instance.add_run(_run(dg.DagsterRunStatus.STARTED, DRAINS, {})).run_id
+
+        def aged(age: str) -> DagsterRun:
+            connection.execute(
+                "UPDATE runs SET create_timestamp = now() - %(age)s::interval,"
+                " start_time = extract(epoch FROM now() - %(age)s::interval)",
+                {"age": age},
+            )
+            [record] = instance.get_run_records()
+            monitor_started_run(instance, cast("Any", None), record, getLogger())
+            [run] = instance.get_runs()
+            return run
+
+        assert aged("59 minutes").status == dg.DagsterRunStatus.STARTED
+        assert f"Run {gone} of project_reporting is at work" in said(tick(instance, postgres))
+        assert aged("61 minutes").status == dg.DagsterRunStatus.STARTED
+        assert len(tick(instance, postgres).run_requests or []) == 1
+        assert aged("25 hours").status == dg.DagsterRunStatus.FAILURE
 
 
 def test_it_waits_longer_after_each_run_that_fails(
