@@ -403,6 +403,31 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
     assert differences(connection) == []
 
 
+def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresResource) -> None:
+    """A foreign transaction holds what the day wants, and wants what the day holds."""
+    connection = world.connection
+    session = world.session(world.org())
+    first, second = sorted(f"event:{world.event(session)}" for _ in range(2))
+    materialize(connection)
+    connection.execute("UPDATE fact_tool_call SET tool_status = 'stale'")
+    lock_fact = "SELECT FROM fact_tool_call WHERE source_key = %s FOR UPDATE"
+
+    def run() -> dict[str, int]:
+        with postgres.connect() as own:
+            return materialized(own, TOOL_CALL)
+
+    with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
+        foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
+        with foreign.transaction():
+            foreign.execute(lock_fact, [second])
+            materializing = executor.submit(run)
+            wait_until(lambda: waiting(connection) == 1, "the day to wait")
+            foreign.execute(lock_fact, [first])
+        assert materializing.result(30) == {"read": 2, "refreshed": 2}
+
+    assert differences(connection) == []
+
+
 def waiting(connection: Connection) -> int:
     return int(
         value(
