@@ -108,6 +108,11 @@ def staged_parts(connection: Connection) -> dict[str, tuple[int, int]]:
     return {source_type: (first, last) for source_type, first, last in rows}
 
 
+def lock_sessions(connection: Connection) -> None:
+    """Wait for whoever projects sessions, and let nobody else until the transaction ends."""
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
+
+
 def project_selection(
     connection: Connection,
     projections: Iterable[tuple[Fact, Projection]],
@@ -122,7 +127,7 @@ def project_selection(
         return Outcome()
     projections = tuple(projections)
     if any(projection.source is SESSION for _, projection in projections):
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
+        lock_sessions(connection)
     try:
         with connection.transaction() as savepoint:
             outcome = Outcome()

@@ -14,8 +14,14 @@ from functools import partial
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, transaction, tried_again
-from everruns_pipelines.reporting.catalog import Fact, Source
-from everruns_pipelines.reporting.projector import Failure, Outcome, project_selection, stage
+from everruns_pipelines.reporting.catalog import SESSION, Fact, Source
+from everruns_pipelines.reporting.projector import (
+    Failure,
+    Outcome,
+    lock_sessions,
+    project_selection,
+    stage,
+)
 from everruns_pipelines.reporting.query import (
     EVERYTHING,
     STAGED,
@@ -146,7 +152,11 @@ def _remove(
 ) -> tuple[int, int]:
     """Remove the leftovers in some states; how many, and how many are left."""
     with transaction(connection, work_mem=_WORK_MEM):
-        leftovers = _leftovers(connection, fact, day, _stage_day(connection, day))
+        staged = _stage_day(connection, day)
+        if SESSION in fact.sources:
+            # What a session has lost it may have again before the row is removed.
+            lock_sessions(connection)
+        leftovers = _leftovers(connection, fact, day, staged)
         removed = connection.execute(
             sql.SQL(_REMOVE).format(fact=sql.Identifier(fact.table), name=sql.Literal(fact.table)),
             {"states": states, "session_id": session_id},

@@ -12,6 +12,7 @@ from psycopg import sql
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting import reconcile
 from everruns_pipelines.reporting.catalog import FACTS, Fact
+from everruns_pipelines.reporting.projector import lock_sessions
 from everruns_pipelines.reporting.reconcile import (
     DayState,
     compare_day,
@@ -400,6 +401,71 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
         materializing.result(30)
         assert draining.result(30).completed == 1
 
+    assert differences(connection) == []
+
+
+def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays(
+    world: World, postgres: PostgresResource
+) -> None:
+    """It was lost after the day's last step, so that only the removal of leftovers sees it gone."""
+    connection = world.connection
+    org = world.org()
+    session = world.session(org, capabilities='["back"]')
+    materialize(connection)
+    world.enqueue(org, "session", session)
+    configure = "UPDATE sessions SET capabilities = %s"
+
+    def lose(*_: int) -> None:
+        connection.execute(configure, ["[]"])
+
+    def remove_leftovers() -> None:
+        with postgres.connect() as own:
+            materialized(own, CAPABILITY, on_step=lose)
+
+    def project() -> int:
+        with postgres.connect() as own:
+            return drain_all(own).completed
+
+    with postgres.connect() as blocker, ThreadPoolExecutor(2) as executor:
+        with blocker.transaction():
+            blocker.execute("SELECT FROM fact_capability_usage FOR UPDATE")
+            removing = executor.submit(remove_leftovers)
+            wait_until(lambda: waiting(connection) == 1, "the row to be about to be removed")
+            connection.execute(configure, ['["back"]'])
+            projecting = executor.submit(project)
+            wait_until(lambda: waiting(connection) == 2 or projecting.done(), "the projector")
+        removing.result(30)
+        assert projecting.result(30) == 1
+
+    assert differences(connection) == []
+
+
+def test_removing_leftovers_is_tried_again_when_it_deadlocks(
+    world: World, postgres: PostgresResource
+) -> None:
+    """A projector holds the row that is left over, and waits for its turn at the sessions."""
+    connection = world.connection
+    session = world.session(world.org(), capabilities='["lost"]')
+    materialize(connection)
+
+    def lose(*_: int) -> None:
+        connection.execute("UPDATE sessions SET capabilities = '[]'")
+
+    def run() -> dict[str, int]:
+        with postgres.connect() as own:
+            return materialized(own, CAPABILITY, on_step=lose)
+
+    with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
+        foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
+        with foreign.transaction():
+            foreign.execute("SELECT FROM fact_capability_usage FOR UPDATE")
+            removing = executor.submit(run)
+            wait_until(lambda: waiting(connection) == 1, "the day to wait")
+            lock_sessions(foreign)
+        assert removing.result(30) == {"read": 1, "unchanged": 1, "removed": 1}
+
+    materialize(connection)
+    assert keys(connection) == {f"session:{session}"}
     assert differences(connection) == []
 
 
