@@ -17,8 +17,11 @@ _T = TypeVar("_T")
 # A name, not the type: loading the definitions loads no driver.
 Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
-# Days are UTC days whatever the server's zone. JIT compiles for a second what runs in a tenth.
-_SESSION_OPTIONS = "-c timezone=UTC -c jit=off"
+# What our statements and psycopg rely on, whatever the server's, the database's or the role's
+# defaults. JIT compiles for a second what runs in a tenth.
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c datestyle=ISO -c default_transaction_isolation=read\\ committed -c jit=off"
+)
 _TRIES = 5
 
 
@@ -51,15 +54,18 @@ class PostgresResource:
 @contextmanager
 def _connected(url: str) -> Generator[Connection]:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict
 
+    given = conninfo_to_dict(url)
     try:
         connection = psycopg.connect(
             url,
             autocommit=True,
             prepare_threshold=None,  # a plan kept for all values suits none of our selections
-            connect_timeout=10,
+            connect_timeout=given.get("connect_timeout", 10),
             application_name="everruns_pipelines",
-            options=_SESSION_OPTIONS,
+            client_encoding="utf8",
+            options=f"{given.get('options', '')} {_SESSION_OPTIONS}",  # of two, the last one holds
         )
     except psycopg.OperationalError as error:
         # libpq's message names host and user, never the password.
