@@ -3,12 +3,14 @@
 from urllib.parse import quote
 
 import pytest
+from dagster import DagsterInstance, DagsterRun
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import ROOT
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import drain_all, materialize
@@ -85,6 +87,24 @@ def test_whatever_the_defaults_of_the_database_the_facts_are_right(
         materialize(own)
 
     assert differences(connection) == []
+
+
+def test_dagsters_storage_may_have_several_hosts_and_options_too(
+    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = connection.info
+    hosts = f"127.0.0.1:1,{quote(info.host, safe='')}:{info.port}"
+    connection.execute("CREATE SCHEMA dagster")
+    monkeypatch.setenv(
+        "EVERRUNS_DAGSTER_POSTGRES_URL",
+        f"postgresql://{info.user}:p%40ss+word@{hosts}/{info.dbname}"
+        "?options=-c%20search_path%3Ddagster%20-c%20application_name%3Da%2Bb",
+    )
+
+    with DagsterInstance.from_config(str(ROOT)) as instance:
+        run_id = instance.add_run(DagsterRun("job")).run_id
+
+    assert connection.execute("SELECT run_id FROM dagster.runs").fetchall() == [(run_id,)]
 
 
 def test_of_several_hosts_one_that_answers_is_enough(
