@@ -49,10 +49,11 @@ queueable_sessions AS (
     ) AS newest ON true
     WHERE newest.status IS NULL
         OR newest.status = 'completed'
-        -- Parked, but the session has changed since: that state has not been tried yet.
+        -- Parked, but the session has changed since: that state has not been tried yet. A version
+        -- that is no time tells of none; the row itself does.
         OR newest.status = 'failed'
             AND newest.next_attempt_at = 'infinity'
-            AND newest.version_time < session.updated_at
+            AND coalesce(newest.version_time, newest.updated_at) < session.updated_at
 ),
 queueable AS (
     SELECT source_type, reason, org_id, source_id, at, source_version
