@@ -64,7 +64,7 @@ SELECT
     ),
     (
         SELECT count(*) FROM (
-            SELECT claimed_at FROM reporting_outbox
+            SELECT coalesce(claimed_at, updated_at) AS claimed_at FROM reporting_outbox
             WHERE status = 'processing'
             ORDER BY next_attempt_at
             LIMIT %(most)s

@@ -35,10 +35,10 @@ def org(connection: Connection) -> int:
 def enqueue(connection: Connection, org: int, status: str, due: str, **columns: Any) -> None:
     connection.execute(
         "INSERT INTO reporting_outbox"
-        " (org_id, source_type, source_id, reason, status, next_attempt_at, claimed_at)"
+        " (org_id, source_type, source_id, reason, status, next_attempt_at, claimed_at, updated_at)"
         " VALUES (%s, 'event', gen_random_uuid(), 'event_projection', %s, now() + %s::interval,"
-        " now() + %s::interval)",
-        [org, status, due, columns.get("claimed")],
+        " now() + %s::interval, now() + %s::interval)",
+        [org, status, due, columns.get("claimed"), columns.get("updated", "0")],
     )
 
 
@@ -63,7 +63,8 @@ def test_nothing_is_launched_while_nothing_is_due(
 ) -> None:
     enqueue(connection, org, "completed", "-1 day")
     enqueue(connection, org, "failed", "infinity")
-    enqueue(connection, org, "processing", "-1 hour", claimed="-1 minute")
+    enqueue(connection, org, "processing", "-1 hour", claimed="-1 minute", updated="-1 hour")
+    enqueue(connection, org, "processing", "-1 hour", updated="-14 minutes")
     reason = said(tick(instance, postgres))
     assert reason == "Nothing is due. No failed row waits for another attempt"
 
@@ -76,7 +77,13 @@ def test_the_skip_reason_says_when_the_next_row_is_due(
 
 
 @pytest.mark.parametrize(
-    ("status", "claimed"), [("pending", None), ("failed", None), ("processing", "-16 minutes")]
+    ("status", "times"),
+    [
+        ("pending", {}),
+        ("failed", {}),
+        ("processing", {"claimed": "-16 minutes"}),
+        ("processing", {"updated": "-16 minutes"}),
+    ],
 )
 def test_a_due_row_launches_one_run(
     instance: DagsterInstance,
@@ -84,9 +91,9 @@ def test_a_due_row_launches_one_run(
     connection: Connection,
     org: int,
     status: str,
-    claimed: str | None,
+    times: dict[str, str],
 ) -> None:
-    enqueue(connection, org, status, "-1 minute", claimed=claimed)
+    enqueue(connection, org, status, "-1 minute", **times)
     result = tick(instance, postgres)
     assert len(result.run_requests or []) == 1
 

@@ -340,6 +340,24 @@ def test_a_row_that_is_processing_for_over_15_minutes_is_pending_again(world: Wo
     assert outbox(world.connection, working, "status", "attempts") == ("processing", 1)
 
 
+def test_a_row_that_is_processing_since_nobody_knows_when_is_pending_after_its_last_change(
+    world: World,
+) -> None:
+    now = datetime.now(UTC)
+    stale, working = (
+        world.tool_call(
+            world.org(), status="processing", attempts=MAX_ATTEMPTS, updated_at=now - age
+        )
+        for age in (timedelta(minutes=15, seconds=1), timedelta(minutes=14))
+    )
+
+    drained = drain_all(world.connection)
+
+    assert drained.completed == 1
+    assert status(world, stale) == "completed"
+    assert status(world, working) == "processing"
+
+
 def test_the_rows_of_a_projector_that_died_return_at_once(
     world: World, postgres: PostgresResource
 ) -> None:
