@@ -7,8 +7,7 @@ status: 0 done, 1 the run failed, 2 the request was refused.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psycopg
@@ -142,8 +141,7 @@ def _backfill(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
     from everruns_pipelines.reporting.backfill import BackfillRequest, check
 
     request = BackfillRequest(options.limit, options.org_id, options.source_types, options.dry_run)
-    with _checked(options, settings) as connection:
-        check(connection, request)
+    _refuse_early(options, settings, lambda connection: check(connection, request))
     outputs = _run_job(
         options,
         settings,
@@ -164,8 +162,11 @@ def _backfill(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
 def _project(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     from everruns_pipelines.reporting.drain import check
 
-    with _checked(options, settings) as connection:
-        check(connection, org_id=options.org_id, max_rows=options.max_rows)
+    _refuse_early(
+        options,
+        settings,
+        lambda connection: check(connection, org_id=options.org_id, max_rows=options.max_rows),
+    )
     ops = {"project": {"org_id": options.org_id, "max_rows": options.max_rows}}
     return _run_job(options, settings, "project_reporting", ops)["project"]
 
@@ -232,21 +233,23 @@ def _dev(options: argparse.Namespace, _: Settings) -> None:
     os.execv(sys.executable, [sys.executable, *command])  # noqa: S606, no shell is wanted
 
 
-@contextmanager
-def _checked(options: argparse.Namespace, settings: Settings) -> "Generator[Connection | None]":
-    """A connection to a database that is fit for reporting: to refuse before a run is made.
+def _refuse_early(
+    options: argparse.Namespace, settings: Settings, check: "Callable[[Connection | None], None]"
+) -> None:
+    """Refuse before a run is made: for what the request says, else for what the database holds.
 
-    None if the run is a deployment's: its database need not be within reach.
+    A deployment's database need not be within reach: its run will refuse.
     """
+    check(None)
     if options.url is not None:
-        yield None
         return
     from everruns_pipelines.postgres import PostgresResource
-    from everruns_pipelines.reporting.database import prepare
+    from everruns_pipelines.reporting.database import check_platform, prepare
 
     with PostgresResource(settings).connect() as connection:
+        check_platform(connection)
+        check(connection)
         prepare(connection)
-        yield connection
 
 
 def _run_job(

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
+from sqlalchemy import URL
 
 from everruns_pipelines.settings import Settings
 
@@ -29,19 +30,28 @@ class EverrunsDagsterStorage(DagsterPostgresStorage):
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:  # noqa: ARG003
         """The storage that the environment asks for; `config_value` is empty."""
         return cls(
-            postgres_url=storage_url(Settings.from_environment()),
+            postgres_url=_for_sqlalchemy(storage_url(Settings.from_environment())),
             should_autocreate_tables=True,
             inst_data=inst_data,
         )
 
 
 def storage_url(settings: Settings) -> str:
-    """SQLAlchemy's URL of the storage. Holds a password: never to be printed."""
+    """The URL of the storage. Holds a password: never to be printed."""
     if settings.dagster_postgres_url is not None:
-        url = settings.dagster_postgres_url.get_secret_value()
-    else:
-        from everruns_pipelines.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
+        return settings.dagster_postgres_url.get_secret_value()
+    from everruns_pipelines.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
 
-        url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
-    # dagster-postgres speaks psycopg 2.
-    return "postgresql+psycopg2://" + url.partition("://")[2]
+    return embedded_postgres_url(settings.home, DAGSTER_DATABASE)
+
+
+def _for_sqlalchemy(url: str) -> str:
+    """The same in SQLAlchemy's spelling: dagster-postgres speaks psycopg 2, and several hosts are a
+    parameter.
+    """
+    from psycopg.conninfo import conninfo_to_dict
+
+    rest = {name: str(value) for name, value in conninfo_to_dict(url).items()}
+    user, password, database = (rest.pop(name, None) for name in ("user", "password", "dbname"))
+    spelled = URL.create("postgresql+psycopg2", user, password, database=database, query=rest)
+    return spelled.render_as_string(hide_password=False)

@@ -18,6 +18,7 @@ from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 
 MOST_DAYS = 366
@@ -129,7 +130,7 @@ def diagnose(settings: Settings, days: int, log: Log) -> Diagnosis:
         diagnosis = Diagnosis(
             at=now,
             outbox=outbox,
-            oldest_due=_oldest_due(connection),
+            oldest_due=find_due(connection).oldest,
             failures=_failures(connection),
             lag_seconds={
                 fact.table: max(waiting.get(source.type, 0.0) for source in fact.sources)
@@ -151,20 +152,13 @@ def _outbox(connection: Connection) -> list[Queued]:
         ).fetchall()
 
 
-def _oldest_due(connection: Connection) -> datetime | None:
-    row = connection.execute(
-        "SELECT min(next_attempt_at) FROM reporting_outbox"
-        " WHERE status IN ('pending', 'failed') AND next_attempt_at <= now()"
-    ).fetchone()
-    return None if row is None else row[0]
-
-
 def _failures(connection: Connection) -> list[Failed]:
     with connection.cursor(row_factory=class_row(Failed)) as cursor:
         return cursor.execute(
             "SELECT org_id, source_type, source_id,"
             " CASE WHEN next_attempt_at = 'infinity' THEN 'parked' ELSE status END AS status,"
-            " attempts, updated_at AS failed_at, last_error"
+            " attempts, greatest('epoch', least(updated_at, '9999-12-31Z')) AS failed_at,"
+            " last_error"
             " FROM reporting_outbox WHERE status = 'failed'"
             " ORDER BY updated_at DESC, id LIMIT %s",
             [_FAILURES_SHOWN],
@@ -174,8 +168,8 @@ def _failures(connection: Connection) -> list[Failed]:
 def _waiting(connection: Connection) -> dict[str, float]:
     """By source type, for how many seconds the oldest row waits. Parked ones wait for a person."""
     rows = connection.execute(
-        "SELECT source_type, greatest(0, extract(epoch FROM now() - min("
-        " CASE WHEN status = 'failed' THEN created_at ELSE next_attempt_at END)))::float8"
+        "SELECT source_type, greatest(0, extract(epoch FROM now() - min(greatest('epoch',"
+        " CASE WHEN status = 'failed' THEN created_at ELSE next_attempt_at END))))::float8"
         " FROM reporting_outbox"
         " WHERE status IN ('pending', 'processing', 'failed') AND next_attempt_at < 'infinity'"
         " GROUP BY source_type"

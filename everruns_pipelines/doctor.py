@@ -100,8 +100,7 @@ def _event_index(settings: Settings) -> str:
 
 
 def _dagster_storage(settings: Settings) -> str:
-    # SQLAlchemy's prefix, which psycopg does not know.
-    url = dagster_storage.storage_url(settings).replace("postgresql+psycopg2:", "postgresql:", 1)
+    url = dagster_storage.storage_url(settings)
     try:
         with psycopg.connect(url, connect_timeout=10) as connection:
             if not _exists(connection, "public.runs"):

@@ -1,9 +1,9 @@
 """Connections to the PostgreSQL that holds the platform's tables."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg.rows import TupleRow
 
+_T = TypeVar("_T")
+
 # A name, not the type: loading the definitions loads no driver.
 Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
-# Days are UTC days whatever the server's zone. JIT compiles for a second what runs in a tenth.
-_SESSION_OPTIONS = "-c timezone=UTC -c jit=off"
+# What our statements and psycopg rely on, whatever the server's, the database's or the role's
+# defaults. JIT compiles for a second what runs in a tenth.
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c datestyle=ISO -c default_transaction_isolation=read\\ committed -c jit=off"
+)
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,18 @@ class PostgresResource:
 @contextmanager
 def _connected(url: str) -> Generator[Connection]:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict
 
+    given = conninfo_to_dict(url)
     try:
         connection = psycopg.connect(
             url,
             autocommit=True,
             prepare_threshold=None,  # a plan kept for all values suits none of our selections
-            connect_timeout=10,
+            connect_timeout=given.get("connect_timeout", 10),
             application_name="everruns_pipelines",
-            options=_SESSION_OPTIONS,
+            client_encoding="utf8",
+            options=f"{given.get('options', '')} {_SESSION_OPTIONS}",  # of two, the last one holds
         )
     except psycopg.OperationalError as error:
         # libpq's message names host and user, never the password.
@@ -84,3 +93,19 @@ def transaction(connection: Connection, *, work_mem: str | None = None) -> Gener
             setting: Any = sql.SQL("SET LOCAL work_mem = {}").format(sql.Literal(work_mem))
             connection.execute(setting)
         yield
+
+
+def tried_again(work: Callable[[], _T]) -> _T:
+    """Do `work`, one transaction, and again if it loses a race against another transaction.
+
+    Raises:
+        psycopg.Error: it lost every time, or failed otherwise.
+    """
+    from psycopg import errors
+
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except (errors.DeadlockDetected, errors.SerializationFailure):
+            continue
+    return work()

@@ -49,7 +49,11 @@ def _postgres_url(value: SecretStr) -> SecretStr:
         parts = conninfo_to_dict(value.get_secret_value())
     except ProgrammingError:
         raise ValueError("not such a URL") from None
-    if "@" in str(parts.get("host")) or not str(parts.get("port", "5432")).isdecimal():
+    # Of several hosts, each may have its port.
+    numbers = f"{parts.get('port', '')},{parts.get('connect_timeout', '')}".split(",")
+    if "@" in f"{parts.get('host')}{parts.get('dbname')}" or not all(
+        number.isdecimal() for number in numbers if number
+    ):
         raise ValueError("not such a URL")
     return value
 

@@ -115,6 +115,22 @@ def test_a_refusal_is_printed_as_problem_details_and_changes_nothing(
     assert problem["detail"] in terminal.errors
     assert rows(connection, "SELECT FROM reporting_outbox") == []
     assert versions(connection) == set()
+    assert value(connection, "SELECT to_regnamespace('everruns_pipelines') IS NULL")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "detail"),
+    [(("backfill", "--limit", "0"), "limit: "), (("project", "--max-rows", "-1"), "max_rows: ")],
+)
+def test_a_request_that_is_wrong_in_itself_is_refused_before_any_database_is_asked(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], detail: str
+) -> None:
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", "postgresql://user:hunter2@127.0.0.1:1/nothing")
+
+    status, problem = terminal.run(*arguments)
+
+    assert (status, problem["code"]) == (REFUSED, "validation_error")
+    assert problem["detail"].startswith(detail)
 
 
 def test_a_database_that_is_not_there_is_refused_without_the_password(

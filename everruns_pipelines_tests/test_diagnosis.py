@@ -97,6 +97,39 @@ def test_failures_backlog_and_lag_are_told(settings: Settings, sample: Connectio
     assert diagnosis.oldest_due is not None
 
 
+@pytest.mark.parametrize("due", ["-infinity", "0044-03-15 BC", "now", "12000-01-01", "infinity"])
+def test_a_row_of_any_time_hides_nothing_from_the_diagnosis(
+    settings: Settings,
+    sample: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    due: str,
+) -> None:
+    _environment(monkeypatch, settings)
+    now = datetime.now(UTC)
+    sample.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+        " next_attempt_at, last_error, created_at, updated_at)"
+        " SELECT 1, 'event', status, 'a', status, %(due)s, 'why', %(due)s, %(due)s"
+        " FROM unnest(ARRAY['pending', 'failed', 'processing']) AS status",
+        {"due": due},
+    )
+    sample.execute("UPDATE sessions SET started_at = 'infinity', finished_at = 'infinity'")
+
+    diagnosis = look(settings)
+
+    assert diagnosis.rows("pending") == diagnosis.rows("processing") == 1
+    assert diagnosis.rows("failed") + diagnosis.rows("parked") == 1
+    assert [one.last_error for one in diagnosis.failures] == ["why"]
+    assert (diagnosis.oldest_due is None) == (due in ("12000-01-01", "infinity"))
+    longest = now.timestamp() if due in ("-infinity", "0044-03-15 BC") else 0
+    assert diagnosis.lag_seconds["fact_turn"] == pytest.approx(longest, abs=60)
+    assert diagnosis.total("stale", "fact_session") > 0
+    assert cli.run(["diagnose", "--days", "1"]) == 0
+    assert cli.run(["diagnose", "--days", "1", "--json"]) == 0
+    json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+
+
 @pytest.mark.parametrize("days", [0, 367])
 def test_a_number_of_days_out_of_range_is_refused(settings: Settings, days: int) -> None:
     with pytest.raises(Refusal, match="from 1 to 366"):

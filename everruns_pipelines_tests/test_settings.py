@@ -19,9 +19,13 @@ WRONG = {
         "postgresql://user:sec%zzret@host/db",
         "postgresql://user:sec/ret@host/db",
         "postgresql://user:sec@ret@host/db",
+        "postgresql://user:123/ret@host/db",
+        "postgresql://user:123,sec/ret@host/db",
         "postgresql://host:secret/db",
+        "postgresql://host:5432,host:secret/db",
         "postgresql://host/db?secret",
         "postgresql://host/db?secret=1",
+        "postgresql://host/db?connect_timeout=secret",
     ),
     ("EVERRUNS_DAGSTER_POSTGRES_URL", POSTGRES): ("secret", "postgresql://u:sec%zzret@host/db"),
     (
@@ -124,6 +128,27 @@ def test_what_is_set_is_what_counts() -> None:
     assert settings.postgres_url.get_secret_value().startswith("postgres://u:p%40ss@host:5433/db")
     assert settings.reporting_start == date(2024, 2, 29)
     assert (settings.reporting_max_attempts, settings.spans_table) == (3, "otel.spans")
+
+
+@pytest.mark.parametrize("variable", ["EVERRUNS_POSTGRES_URL", "EVERRUNS_DAGSTER_POSTGRES_URL"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:password@h1:5432,h2:5433/db?target_session_attrs=read-write",
+        "postgresql://user:password@h1,h2/db",
+        "postgresql://user@h1:5432,h2/db",
+        "postgresql:///db?host=/run/postgresql&port=5432",
+    ],
+)
+def test_a_server_may_have_several_hosts_and_be_named_in_any_way_libpq_knows(
+    variable: str, url: str
+) -> None:
+    settings = Settings.from_environment({variable: url})
+    assert url in (
+        named.get_secret_value()
+        for named in (settings.postgres_url, settings.dagster_postgres_url)
+        if named is not None
+    )
 
 
 def test_an_empty_variable_counts_as_unset() -> None:

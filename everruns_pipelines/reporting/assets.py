@@ -103,7 +103,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
 
         with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
             days = _days(context, partitions)
-            _check(config)
+            session_id = _session_id(config)
             prepare(connection)
             context.log.info(f"Finding the sources of {len(days)} days")
             stage_days(connection, fact, days[0], days[-1])
@@ -114,7 +114,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
                     fact,
                     day,
                     remove_orphans=config.remove_orphans,
-                    session_id=config.session_id,
+                    session_id=session_id,
                 )
                 context.add_asset_metadata(
                     _metadata(report, monotonic() - started), partition_key=day.isoformat()
@@ -143,11 +143,12 @@ def _days(
     return [date.fromisoformat(key) for key in partitions.get_partition_keys_in_range(asked)]
 
 
-def _check(config: FactConfig) -> None:
+def _session_id(config: FactConfig) -> str | None:
+    """The session in the one form that PostgreSQL reads, too: Python takes more than it does."""
     if config.session_id is None:
-        return
+        return None
     try:
-        UUID(config.session_id)
+        return str(UUID(config.session_id))
     except ValueError:
         expected = "expected a UUID, or null for all sessions"
         raise Refusal(

@@ -5,7 +5,7 @@ https://docs.dagster.io/guides/automate/schedules.
 """
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
@@ -29,6 +29,9 @@ _UNFINISHED = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+# A run whose process was killed is unfinished for as long as nobody notices. Projectors do not
+# disturb each other, so another beside a run that has been at work for this long is safe.
+_AT_WORK = timedelta(hours=1)
 # Enough to know how long to wait: by then the pause is at its longest.
 _RUNS_LOOKED_AT = 8
 
@@ -46,7 +49,8 @@ materialize_reporting = dg.define_asset_job(  # pyright: ignore[reportUnknownMem
     job=project_reporting,
     minimum_interval_seconds=10,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Launches project_reporting while rows of the outbox are due, one run at a time. "
+    description="Launches project_reporting while rows of the outbox are due, one run at a time, "
+    "and another beside one that began over an hour ago. "
     "It waits longer and longer while the database is away, or while its runs fail.",
 )
 def reporting_outbox_sensor(
@@ -130,7 +134,10 @@ def _count(number: int) -> str:
 
 def _run_at_work(instance: dg.DagsterInstance) -> str | None:
     """Who projects all organizations already. Runs of one organization do not stand in the way."""
-    runs = instance.get_runs(dg.RunsFilter(tags=DRAINS, statuses=_UNFINISHED), limit=100)
+    since = datetime.now(UTC) - _AT_WORK
+    runs = instance.get_runs(
+        dg.RunsFilter(tags=DRAINS, statuses=_UNFINISHED, created_after=since), limit=100
+    )
     for run in runs:
         ops = cast("dict[str, Any]", run.run_config.get("ops", {}))
         if ops.get("project", {}).get("config", {}).get("org_id") is None:

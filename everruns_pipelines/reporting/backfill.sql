@@ -49,10 +49,11 @@ queueable_sessions AS (
     ) AS newest ON true
     WHERE newest.status IS NULL
         OR newest.status = 'completed'
-        -- Parked, but the session has changed since: that state has not been tried yet.
+        -- Parked, but the session has changed since: that state has not been tried yet. A version
+        -- that is no time tells of none; the row itself does.
         OR newest.status = 'failed'
             AND newest.next_attempt_at = 'infinity'
-            AND newest.version_time < session.updated_at
+            AND coalesce(newest.version_time, newest.updated_at) < session.updated_at
 ),
 queueable AS (
     SELECT source_type, reason, org_id, source_id, at, source_version
@@ -82,12 +83,13 @@ LIMIT %(limit)s
 
 -- name: enqueue
 -- Whatever others have enqueued meanwhile stays as it is and is not returned. Rows are written in
--- the same order by everybody, so that two backfills cannot wait for each other.
+-- the same order by everybody, so that two backfills cannot wait for each other. A row that was
+-- completed begins anew: attempts that succeeded do not count towards parking it.
 INSERT INTO reporting_outbox AS outbox (org_id, source_type, source_id, source_version, reason)
 SELECT org_id, source_type, source_id, source_version, reason
 FROM pg_temp.chosen
 ORDER BY at, source_type, source_id
 ON CONFLICT (org_id, source_type, source_id, source_version, reason) DO UPDATE
-SET status = 'pending', next_attempt_at = now(), updated_at = now()
+SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
 WHERE outbox.status = 'completed'
 RETURNING source_type

@@ -162,7 +162,10 @@ def _refuse_privileges(connection: Connection, read: Iterable[str], written: Ite
     rows = connection.execute(
         "SELECT privilege, wanted_table FROM unnest(%s::text[], %s::text[])"
         " AS wanted (wanted_table, privilege)"
-        " WHERE NOT has_table_privilege(wanted_table, privilege)",
+        " WHERE NOT has_table_privilege(wanted_table, privilege)"
+        # Selections, batches and days are temporary tables.
+        " UNION ALL SELECT 'TEMPORARY', 'database ' || current_database()"
+        " WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')",
         [[table for table, _ in wanted], [right for _, right in wanted]],
     )
     lacking = [f"{right} on {table}" for right, table in rows]

@@ -2,15 +2,15 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from threading import Lock, Thread
 
-import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+from everruns_pipelines.postgres import Connection, PostgresResource, transaction, tried_again
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.outbox import Claim, Outbox
@@ -25,8 +25,6 @@ from everruns_pipelines.reporting.projector import (
 # Sessions come last, when all else is finished: projectors do them one after the other, and wait
 # until the one before has committed.
 _ORDER = ((EVENT, LLM_GENERATION, USAGE_LEDGER), (SESSION,))
-_RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-_TRIES = 5
 _PROJECTORS = 2
 _SELECTED = sql.SQL(
     "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
@@ -218,7 +216,7 @@ def _drain(
             if claim is None:
                 return
             try:
-                batch = _project(connection, outbox, claim)
+                batch = tried_again(partial(_project, connection, outbox, claim))
             except BaseException:
                 if connection.info.transaction_status == TransactionStatus.ACTIVE:
                     # Interrupted within a statement: only its end makes the connection let go.
@@ -231,15 +229,6 @@ def _drain(
 
 
 def _project(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
-    for _ in range(_TRIES - 1):
-        try:
-            return _project_once(connection, outbox, claim)
-        except _RACES:
-            continue
-    return _project_once(connection, outbox, claim)
-
-
-def _project_once(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
     done = Drained(claim.size)
     with transaction(connection):
         # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.

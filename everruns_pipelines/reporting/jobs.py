@@ -145,14 +145,13 @@ def _progress(connection: Connection, drained: "Drained") -> str:
 
 def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained: "Drained") -> None:
     """Report a materialization for each fact and day that was touched, so that the partitions view
-    of the UI is true. Days before the first partition are not in that view.
+    of the UI is true. Days before the first partition are not in that view, nor is any that no
+    partition can be: PostgreSQL's times are allowed to be infinite.
     """
     partitions = day_partitions(postgres.settings)
     for (table, day), counts in sorted(drained.outcome.counts.items()):
-        if partitions.has_partition_key(day.isoformat()):
-            context.log_event(
-                dg.AssetMaterialization(table, partition=day.isoformat(), metadata=dict(counts))
-            )
+        if partitions.has_partition_key(day):
+            context.log_event(dg.AssetMaterialization(table, partition=day, metadata=dict(counts)))
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]

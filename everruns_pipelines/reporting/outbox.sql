@@ -3,7 +3,8 @@
 -- name: return_lost
 -- Rows of projectors that died are pending again, and parked if their attempts are used up, unless
 -- they have been enqueued again since. One of ours holds an advisory lock while it lives, so its
--- death shows at once; a foreign one is taken for dead after 15 minutes.
+-- death shows at once; a foreign one is taken for dead after 15 minutes. One that did not say when
+-- it claimed a row did so when the row was last changed.
 WITH abandoned AS (
     DELETE FROM everruns_pipelines.outbox_claims
     WHERE claimed_at IN (
@@ -28,7 +29,7 @@ FROM (
     FROM reporting_outbox
     WHERE status = 'processing'
         AND (
-            claimed_at < now() - interval '15 minutes'
+            coalesce(claimed_at, updated_at) < now() - interval '15 minutes'
             OR claimed_at IN (SELECT claimed_at FROM abandoned)
         )
     FOR UPDATE SKIP LOCKED

@@ -7,7 +7,6 @@ projected again. Everything happens in the caller's transaction.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cache
 from typing import Any
 
@@ -40,10 +39,13 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What a projection did: per fact table and UTC day, counts under the names in `COUNTS`."""
+    """What a projection did: per fact table and UTC day, counts under the names in `COUNTS`.
 
-    counts: dict[tuple[str, date], Counter[str]] = field(
-        default_factory=dict[tuple[str, date], Counter[str]]
+    Days are text, as PostgreSQL writes them: it knows days that Python's calendar lacks.
+    """
+
+    counts: dict[tuple[str, str], Counter[str]] = field(
+        default_factory=dict[tuple[str, str], Counter[str]]
     )
     failures: list[Failure] = field(default_factory=list[Failure])
 
@@ -106,6 +108,11 @@ def staged_parts(connection: Connection) -> dict[str, tuple[int, int]]:
     return {source_type: (first, last) for source_type, first, last in rows}
 
 
+def lock_sessions(connection: Connection) -> None:
+    """Wait for whoever projects sessions, and let nobody else until the transaction ends."""
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
+
+
 def project_selection(
     connection: Connection,
     projections: Iterable[tuple[Fact, Projection]],
@@ -120,7 +127,7 @@ def project_selection(
         return Outcome()
     projections = tuple(projections)
     if any(projection.source is SESSION for _, projection in projections):
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
+        lock_sessions(connection)
     try:
         with connection.transaction() as savepoint:
             outcome = Outcome()
@@ -180,7 +187,7 @@ def _project(
     older state of a source never overwrites a newer one, and no update is lost.
     """
     statement = _statement(fact, projection)
-    written: Counter[tuple[str, date]] = Counter()
+    written: Counter[tuple[str, str]] = Counter()
     while True:
         outcome = Outcome()
         contested = 0
@@ -278,7 +285,7 @@ written AS (
 {noted}
 removed AS ({removed})
 SELECT
-    day,
+    day::text,
     coalesce(read, 0),
     coalesce(inserted, 0),
     coalesce(refreshed, 0),

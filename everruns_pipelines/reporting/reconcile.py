@@ -9,12 +9,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, transaction
-from everruns_pipelines.reporting.catalog import Fact, Source
-from everruns_pipelines.reporting.projector import Failure, project_selection, stage
+from everruns_pipelines.postgres import Connection, transaction, tried_again
+from everruns_pipelines.reporting.catalog import SESSION, Fact, Source
+from everruns_pipelines.reporting.projector import (
+    Failure,
+    Outcome,
+    lock_sessions,
+    project_selection,
+    stage,
+)
 from everruns_pipelines.reporting.query import (
     EVERYTHING,
     STAGED,
@@ -120,25 +127,41 @@ def materialize_day(
     assert row is not None
     total = int(row[0])
     for start in range(0, total, _STEP):
-        with transaction(connection, work_mem=_WORK_MEM):
-            staged = _stage_day(connection, day, after=start, up_to=start + _STEP)
-            projections = tuple((fact, projection) for projection in fact.projections)
-            outcome = project_selection(connection, projections, 1, staged)
+        # Beside projectors, which write the same rows in another order.
+        outcome = tried_again(partial(_project_step, connection, fact, day, start))
         for counts in outcome.counts.values():
             report.counts.update(counts)
         report.failures += outcome.failures
         on_step(min(start + _STEP, total), total)
+    states = ["superseded", "orphaned"] if remove_orphans else ["superseded"]
+    removed, left = tried_again(partial(_remove, connection, fact, day, states, session_id))
+    report.counts["removed"] += removed
+    report.counts["orphaned"] = left
+    return report
+
+
+def _project_step(connection: Connection, fact: Fact, day: date, start: int) -> Outcome:
+    with transaction(connection, work_mem=_WORK_MEM):
+        staged = _stage_day(connection, day, after=start, up_to=start + _STEP)
+        projections = tuple((fact, projection) for projection in fact.projections)
+        return project_selection(connection, projections, 1, staged)
+
+
+def _remove(
+    connection: Connection, fact: Fact, day: date, states: list[str], session_id: str | None
+) -> tuple[int, int]:
+    """Remove the leftovers in some states; how many, and how many are left."""
     with transaction(connection, work_mem=_WORK_MEM):
         staged = _stage_day(connection, day)
+        if SESSION in fact.sources:
+            # What a session has lost it may have again before the row is removed.
+            lock_sessions(connection)
         leftovers = _leftovers(connection, fact, day, staged)
-        states = ["superseded", "orphaned"] if remove_orphans else ["superseded"]
         removed = connection.execute(
             sql.SQL(_REMOVE).format(fact=sql.Identifier(fact.table), name=sql.Literal(fact.table)),
             {"states": states, "session_id": session_id},
         ).rowcount
-    report.counts["removed"] += removed
-    report.counts["orphaned"] = leftovers["superseded"] + leftovers["orphaned"] - removed
-    return report
+    return removed, leftovers["superseded"] + leftovers["orphaned"] - removed
 
 
 def _stage_day(

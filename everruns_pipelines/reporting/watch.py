@@ -44,7 +44,8 @@ def find_due(connection: Connection) -> Due:
     return Due(*row)
 
 
-# Every part is a scan of the index on status and next_attempt_at that ends early.
+# Every part is a scan of the index on status and next_attempt_at that ends early. Times that
+# Python's calendar lacks, infinity among them, are told as the nearest that is worth telling.
 _DUE = """
 SELECT
     (
@@ -63,7 +64,7 @@ SELECT
     ),
     (
         SELECT count(*) FROM (
-            SELECT claimed_at FROM reporting_outbox
+            SELECT coalesce(claimed_at, updated_at) AS claimed_at FROM reporting_outbox
             WHERE status = 'processing'
             ORDER BY next_attempt_at
             LIMIT %(most)s
@@ -71,16 +72,26 @@ SELECT
         WHERE claimed_at < now() - interval '15 minutes'
     ),
     (
-        SELECT min(oldest) FROM (
-            SELECT min(next_attempt_at) AS oldest FROM reporting_outbox
-            WHERE status = 'pending' AND next_attempt_at <= now()
+        SELECT min(greatest(oldest, 'epoch')) FROM (
+            (
+                SELECT next_attempt_at AS oldest FROM reporting_outbox
+                WHERE status = 'pending' AND next_attempt_at <= now()
+                ORDER BY next_attempt_at
+                LIMIT 1
+            )
             UNION ALL
-            SELECT min(next_attempt_at) FROM reporting_outbox
-            WHERE status = 'failed' AND next_attempt_at <= now()
+            (
+                SELECT next_attempt_at FROM reporting_outbox
+                WHERE status = 'failed' AND next_attempt_at <= now()
+                ORDER BY next_attempt_at
+                LIMIT 1
+            )
         ) AS due
     ),
     (
-        SELECT min(next_attempt_at) FROM reporting_outbox
+        SELECT least(next_attempt_at, '9999-12-31Z') FROM reporting_outbox
         WHERE status = 'failed' AND next_attempt_at > now() AND next_attempt_at < 'infinity'
+        ORDER BY next_attempt_at
+        LIMIT 1
     )
 """

@@ -283,6 +283,30 @@ def test_a_range_that_leaves_the_partitions_is_refused_and_changes_nothing(
     assert versions(world.connection) == set()
 
 
+@pytest.mark.parametrize("spelling", ["urn:uuid:{}", "{{{}}}", "{0.hex}", "-{0.hex}-"])
+def test_a_session_id_may_be_spelled_in_any_way_that_is_accepted(
+    world: World, settings: Settings, spelling: str
+) -> None:
+    connection = world.connection
+    org = world.org()
+    sessions = [world.session(org) for _ in range(2)]
+    kept, _ = (world.event(session) for session in sessions)
+    materialize(connection)
+    with connection.transaction():
+        connection.execute("SET LOCAL app.session_purge = 'true'")
+        connection.execute("DELETE FROM sessions")
+
+    run = Run(
+        settings,
+        ["fact_tool_call"],
+        remove_orphans=True,
+        session_id=spelling.format(sessions[1]),
+    )
+
+    assert run.counts("fact_tool_call") == {"removed": 1, "orphaned": 1}
+    assert rows(connection, "SELECT source_key FROM fact_tool_call") == [(f"event:{kept}",)]
+
+
 @pytest.mark.parametrize("session_id", ["no uuid", ""])
 def test_a_session_id_that_is_no_uuid_is_refused_with_the_field(
     world: World, settings: Settings, session_id: str

@@ -3,19 +3,23 @@
 import re
 import time
 from datetime import UTC, datetime, timedelta
+from logging import getLogger
 from typing import Any, cast
 
 import dagster as dg
 import psycopg
 import pytest
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRun
+from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting.automation import SENSOR, reporting_outbox_sensor
 from everruns_pipelines.reporting.jobs import DRAINS
+from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines.timetable import BackOff
+from everruns_pipelines_tests.deployment import ROOT
 
 
 @pytest.fixture
@@ -31,10 +35,10 @@ def org(connection: Connection) -> int:
 def enqueue(connection: Connection, org: int, status: str, due: str, **columns: Any) -> None:
     connection.execute(
         "INSERT INTO reporting_outbox"
-        " (org_id, source_type, source_id, reason, status, next_attempt_at, claimed_at)"
+        " (org_id, source_type, source_id, reason, status, next_attempt_at, claimed_at, updated_at)"
         " VALUES (%s, 'event', gen_random_uuid(), 'event_projection', %s, now() + %s::interval,"
-        " now() + %s::interval)",
-        [org, status, due, columns.get("claimed")],
+        " now() + %s::interval, now() + %s::interval)",
+        [org, status, due, columns.get("claimed"), columns.get("updated", "0")],
     )
 
 
@@ -59,7 +63,8 @@ def test_nothing_is_launched_while_nothing_is_due(
 ) -> None:
     enqueue(connection, org, "completed", "-1 day")
     enqueue(connection, org, "failed", "infinity")
-    enqueue(connection, org, "processing", "-1 hour", claimed="-1 minute")
+    enqueue(connection, org, "processing", "-1 hour", claimed="-1 minute", updated="-1 hour")
+    enqueue(connection, org, "processing", "-1 hour", updated="-14 minutes")
     reason = said(tick(instance, postgres))
     assert reason == "Nothing is due. No failed row waits for another attempt"
 
@@ -72,7 +77,13 @@ def test_the_skip_reason_says_when_the_next_row_is_due(
 
 
 @pytest.mark.parametrize(
-    ("status", "claimed"), [("pending", None), ("failed", None), ("processing", "-16 minutes")]
+    ("status", "times"),
+    [
+        ("pending", {}),
+        ("failed", {}),
+        ("processing", {"claimed": "-16 minutes"}),
+        ("processing", {"updated": "-16 minutes"}),
+    ],
 )
 def test_a_due_row_launches_one_run(
     instance: DagsterInstance,
@@ -80,11 +91,35 @@ def test_a_due_row_launches_one_run(
     connection: Connection,
     org: int,
     status: str,
-    claimed: str | None,
+    times: dict[str, str],
 ) -> None:
-    enqueue(connection, org, status, "-1 minute", claimed=claimed)
+    enqueue(connection, org, status, "-1 minute", **times)
     result = tick(instance, postgres)
     assert len(result.run_requests or []) == 1
+
+
+@pytest.mark.parametrize("status", ["pending", "failed"])
+@pytest.mark.parametrize("due", ["-infinity", "0044-03-15 BC"])
+def test_a_row_that_is_due_since_before_pythons_calendar_launches_a_run_like_any_other(
+    instance: DagsterInstance,
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    status: str,
+    due: str,
+) -> None:
+    enqueue(connection, org, status, "-1 minute")
+    connection.execute("UPDATE reporting_outbox SET next_attempt_at = %s", [due])
+    assert find_due(connection).oldest == datetime(1970, 1, 1, tzinfo=UTC)
+    assert len(tick(instance, postgres).run_requests or []) == 1
+
+
+def test_a_row_that_is_due_after_pythons_calendar_is_told_as_late_as_it_goes(
+    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "failed", "1 hour")
+    connection.execute("UPDATE reporting_outbox SET next_attempt_at = '12000-01-01'")
+    assert "tried again at 9999-12-31 00:00:00 UTC" in said(tick(instance, postgres))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +145,37 @@ def test_one_run_at_a_time_projects_all_organizations(
         assert re.search(r"Due: 1 pending.*Run \S+ of project_reporting is at work", said(result))
     else:
         assert len(result.run_requests or []) == 1
+
+
+def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
+    postgres: PostgresResource,
+    connection: Connection,
+    org: int,
+    postgres_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the repository's own dagster.yaml."""
+    monkeypatch.setenv("EVERRUNS_DAGSTER_POSTGRES_URL", postgres_url)
+    enqueue(connection, org, "pending", "-1 minute")
+    with DagsterInstance.from_config(str(ROOT)) as instance:
+        gone = instance.add_run(_run(dg.DagsterRunStatus.STARTED, DRAINS, {})).run_id
+
+        def aged(age: str) -> DagsterRun:
+            connection.execute(
+                "UPDATE runs SET create_timestamp = now() - %(age)s::interval,"
+                " start_time = extract(epoch FROM now() - %(age)s::interval)",
+                {"age": age},
+            )
+            [record] = instance.get_run_records()
+            monitor_started_run(instance, cast("Any", None), record, getLogger())
+            [run] = instance.get_runs()
+            return run
+
+        assert aged("59 minutes").status == dg.DagsterRunStatus.STARTED
+        assert f"Run {gone} of project_reporting is at work" in said(tick(instance, postgres))
+        assert aged("61 minutes").status == dg.DagsterRunStatus.STARTED
+        assert len(tick(instance, postgres).run_requests or []) == 1
+        assert aged("25 hours").status == dg.DagsterRunStatus.FAILURE
 
 
 def test_it_waits_longer_after_each_run_that_fails(

@@ -539,6 +539,19 @@ def test_a_parked_session_is_queued_already_until_it_changes(world: Connection) 
     }
 
 
+@pytest.mark.parametrize("version", ["", "of another time"])
+def test_a_parked_session_whose_version_is_no_time_is_queued_already_until_it_changes(
+    world: Connection, version: str
+) -> None:
+    id_ = _lose_session(world)
+    _queue_session(world, id_, version, "failed", next="infinity")
+    assert _backfill(world) == NOTHING
+    world.execute("UPDATE sessions SET updated_at = '2999-03-01T11:00:00Z' WHERE id = %s", [id_])
+    assert _backfill(world)["sessions"] == 1
+    assert _session_versions(world) == {version: "failed", "2999-03-01T11:00:00Z": "pending"}
+    assert _backfill(world) == NOTHING
+
+
 # The lock, and backfills at the same time.
 
 

@@ -98,6 +98,10 @@ def connected_as(connection: Connection, postgres_url: str) -> Iterator[As]:
 
 
 PLATFORM: LiteralString = "GRANT ALL ON ALL TABLES IN SCHEMA public TO {}"
+OUR_TABLES: tuple[LiteralString, ...] = (
+    "GRANT USAGE ON SCHEMA everruns_pipelines TO {}",
+    "GRANT ALL ON ALL TABLES IN SCHEMA everruns_pipelines TO {}",
+)
 
 
 def test_privileges_that_the_role_lacks_are_named_before_anything_is_written(
@@ -119,6 +123,20 @@ def test_privileges_that_the_role_lacks_are_named_before_anything_is_written(
         *lacking,
     }
     assert value(connection, "SELECT to_regnamespace('everruns_pipelines') IS NULL")
+
+
+def test_a_role_that_may_make_no_temporary_tables_is_refused_before_anything_is_written(
+    connection: Connection, connected_as: As
+) -> None:
+    database.prepare(connection)
+    name = connection.info.dbname
+    connection.execute(
+        sql.SQL("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC").format(sql.Identifier(name))
+    )
+    refusal = refused(connected_as(PLATFORM, *OUR_TABLES))
+
+    assert refusal.code == "permission_denied"
+    assert refusal.detail == f"The database role lacks TEMPORARY on database {name}"
 
 
 def test_a_role_that_may_not_make_our_schema_is_told_who_can(
@@ -151,8 +169,7 @@ def test_a_role_with_our_tables_and_the_platforms_needs_nothing_more(
         "GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}",
         *(f"GRANT INSERT, UPDATE, DELETE ON {fact.table} TO {{}}" for fact in FACTS),  # pyright: ignore[reportArgumentType]
         "GRANT INSERT, UPDATE, DELETE ON reporting_outbox TO {}",
-        "GRANT USAGE ON SCHEMA everruns_pipelines TO {}",
-        "GRANT ALL ON ALL TABLES IN SCHEMA everruns_pipelines TO {}",
+        *OUR_TABLES,
     )
 
     database.prepare(role)

@@ -15,6 +15,7 @@ from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     DAY,
     NOON,
+    TIMES_BEYOND_PYTHON,
     World,
     enqueue_all,
     ephemeral,
@@ -207,6 +208,27 @@ def test_each_fact_and_day_that_was_touched_is_reported_as_materialized(
         "removed": 0,
         "rejected": 0,
     }
+
+
+def test_sources_of_a_time_that_is_no_partition_are_repaired_and_nothing_is_missing_then(
+    world: World, settings: Settings
+) -> None:
+    org = world.org()
+    for time in (NOON, *TIMES_BEYOND_PYTHON):
+        session = world.session(org, created_at=time, capabilities='["c"]')
+        world.event(session, ts=time)
+        world.event(session, "turn.failed", ts=time)
+        world.generation(org, session, created_at=time)
+        world.posting(org, session, created_at=time)
+
+    run = Run(settings, "backfill_reporting")
+
+    assert run.result.success
+    assert run.output("enqueue")["enqueued"] == run.output("project")["completed"] == 25
+    assert {day for _, day in run.materialized()} == {DAY.isoformat()}
+    assert len(versions(world.connection)) == 30
+    again = Run(settings, "backfill_reporting")
+    assert again.output("enqueue")["enqueued"] == 0
 
 
 @pytest.mark.parametrize(

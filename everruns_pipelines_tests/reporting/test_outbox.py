@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT
 from everruns_pipelines.reporting.outbox import Claim, Finished, Outbox, purge
 from everruns_pipelines.reporting.projector import Failure
@@ -350,6 +351,24 @@ def test_a_row_that_is_processing_for_over_15_minutes_is_pending_again(world: Wo
     assert outbox(world.connection, working, "status", "attempts") == ("processing", 1)
 
 
+def test_a_row_that_is_processing_since_nobody_knows_when_is_pending_after_its_last_change(
+    world: World,
+) -> None:
+    now = datetime.now(UTC)
+    stale, working = (
+        world.tool_call(
+            world.org(), status="processing", attempts=MAX_ATTEMPTS, updated_at=now - age
+        )
+        for age in (timedelta(minutes=15, seconds=1), timedelta(minutes=14))
+    )
+
+    drained = drain_all(world.connection)
+
+    assert drained.completed == 1
+    assert status(world, stale) == "completed"
+    assert status(world, working) == "processing"
+
+
 def test_the_rows_of_a_projector_that_died_return_at_once(
     world: World, postgres: PostgresResource
 ) -> None:
@@ -379,6 +398,27 @@ def test_a_row_whose_projectors_keep_dying_is_parked_and_blames_no_row(world: Wo
     parked = outbox(world.connection, id_, "status", "last_error")
     assert parked == ("failed", "its projector died while working on it")
     assert value(world.connection, "SELECT next_attempt_at = 'infinity' FROM reporting_outbox")
+
+
+def test_attempts_that_succeeded_before_a_backfill_do_not_count_towards_parking(
+    world: World, postgres: PostgresResource
+) -> None:
+    connection = world.connection
+    world.session(world.org())
+    for _ in range(MAX_ATTEMPTS):
+        connection.execute("UPDATE sessions SET total_input_tokens = total_input_tokens + 1")
+        assert enqueue(connection, BackfillRequest())["sessions"] == 1
+        assert drain_all(connection).completed == 1
+    connection.execute("UPDATE sessions SET total_input_tokens = total_input_tokens + 1")
+    enqueue(connection, BackfillRequest())
+    with postgres.connect() as dying, ExitStack() as stack:
+        assert opened(dying, stack).claim(10) is not None
+        dying.close()
+
+    wait_until(lambda: drain_all(connection).completed == 1, "the row to be returned")
+
+    assert rows(connection, "SELECT status, attempts FROM reporting_outbox") == [("completed", 2)]
+    assert differences(connection) == []
 
 
 def test_a_row_that_was_enqueued_again_before_its_projector_died_gets_its_one_attempt(

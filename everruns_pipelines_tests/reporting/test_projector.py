@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 
 from everruns_pipelines.postgres import Connection, PostgresResource, transaction
-from everruns_pipelines.reporting.catalog import EVENT, SESSION, SOURCES, Source
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, SOURCES, Source
 from everruns_pipelines.reporting.projector import (
     Outcome,
     project_selection,
@@ -25,6 +25,7 @@ from everruns_pipelines_tests.reporting.adversarial import (
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     NOON,
+    TIMES_BEYOND_PYTHON,
     World,
     drain_all,
     enqueue_all,
@@ -66,6 +67,33 @@ def rejections(connection: Connection) -> list[tuple[Any, ...]]:
         "SELECT fact, source_key, reason, written FROM everruns_pipelines.fact_rejections"
         " ORDER BY 1, 2",
     )
+
+
+@pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
+def test_sources_of_a_time_that_python_cannot_hold_are_written_like_their_neighbours(
+    world: World, time: str
+) -> None:
+    connection = world.connection
+    org = world.org()
+    for created_at in (NOON, time):
+        session = world.session(org, created_at=created_at)
+        world.event(session, ts=created_at, data={"capability_id": "c"})
+        world.event(session, "turn.completed", ts=created_at)
+        world.generation(org, session, created_at=created_at)
+        world.posting(org, session, created_at=created_at)
+    enqueued = enqueue_all(connection)
+
+    drained = drain_all(connection)
+
+    assert (drained.completed, drained.failed) == (enqueued, 0)
+    for fact in FACTS:
+        written_at = sql.SQL(
+            "SELECT created_at = %(time)s, count(*) FROM {}"
+            " WHERE time_bucket_day = (created_at AT TIME ZONE 'UTC')::date"
+            " AND created_at IN (%(noon)s, %(time)s) GROUP BY 1 ORDER BY 1"
+        ).format(sql.Identifier(fact.table))
+        found = connection.execute(written_at, {"time": time, "noon": NOON}).fetchall()
+        assert found == [(False, 1), (True, 1)], fact.table
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -123,6 +151,41 @@ def test_a_source_that_cannot_be_stored_fails_alone_and_is_named_without_its_val
     named = re.compile("ProgramLimitExceeded: fact_[a-z_]+|total_tokens is beyond bigint")
     assert [error for *_, error in failed if not named.fullmatch(error)] == []
     assert differences(ready) == []
+
+
+def test_the_duration_of_a_session_is_exact_however_far_apart_its_times(world: World) -> None:
+    connection = world.connection
+    org = world.org()
+    times = {
+        ("2026-03-01 00:00:00.0004", "2026-03-01 00:00:01.0009"): 1001,  # half a millisecond: up
+        ("2026-03-01 00:00:00", "2026-03-01 00:00:01.0004"): 1000,
+        ("2026-03-02", "2026-03-01"): 0,
+        (None, "2026-03-01"): 0,
+        ("2026-03-01", None): 0,
+        ("infinity", "2026-03-01"): 0,
+        ("0001-01-01", "9999-12-31"): 3652058 * 86_400_000,
+        ("4713-01-01 BC", "294276-12-31"): 109203489 * 86_400_000,
+    }
+    durations = {
+        f"session:{world.session(org, started_at=started, finished_at=finished)}": duration
+        for (started, finished), duration in times.items()
+    }
+    endless = [
+        str(world.session(org, started_at=started, finished_at=finished))
+        for started, finished in (
+            ("2026-03-01", "infinity"),
+            ("-infinity", "2026-03-01"),
+            ("infinity", "infinity"),
+            ("-infinity", "-infinity"),
+        )
+    ]
+
+    outcome = project_all(connection, SESSION)
+
+    assert dict(rows(connection, "SELECT source_key, duration_ms FROM fact_session")) == durations
+    assert sorted((failure.source_id, failure.reason) for failure in outcome.failures) == [
+        (id_, "duration_ms is beyond bigint") for id_ in sorted(endless)
+    ]
 
 
 def test_unstorable_sources_lack_facts_only_in_their_own_table_when_a_day_is_materialized(

@@ -12,6 +12,7 @@ from psycopg import sql
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting import reconcile
 from everruns_pipelines.reporting.catalog import FACTS, Fact
+from everruns_pipelines.reporting.projector import lock_sessions
 from everruns_pipelines.reporting.reconcile import (
     DayState,
     compare_day,
@@ -23,6 +24,7 @@ from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     DAY,
     NOON,
+    TIMES_BEYOND_PYTHON,
     World,
     drain_all,
     enqueue_all,
@@ -146,6 +148,50 @@ def test_a_row_that_stands_in_the_wrong_day_is_found_from_there(world: World) ->
     assert materialized(connection, TOOL_CALL, date(2026, 2, 1))["refreshed"] == 1
 
     assert differences(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("started", "finished", "storable"),
+    [
+        ("4713-01-01 BC", "294276-12-31", True),
+        ("infinity", "2026-03-01", True),
+        ("-infinity", "2026-03-01", False),
+        ("2026-03-01", "infinity", False),
+        ("infinity", "infinity", False),
+    ],
+)
+def test_a_session_of_any_length_is_compared_and_only_an_infinite_one_lacks_its_fact(
+    world: World, started: str, finished: str, storable: bool
+) -> None:
+    connection = world.connection
+    org = world.org()
+    world.session(org)
+    odd = world.session(org, started_at=started, finished_at=finished)
+    lacking = 0 if storable else 1
+
+    assert compared(connection, SESSION_FACT) == DayState(2, 2, 0, 0, 0)
+    stage_days(connection, SESSION_FACT, DAY, DAY)
+    report = materialize_day(connection, SESSION_FACT, DAY)
+
+    assert compared(connection, SESSION_FACT) == DayState(2, lacking, 0, 0, 0)
+    assert [failure.source_id for failure in report.failures] == [str(odd)] * lacking
+
+
+@pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
+def test_a_fact_that_stands_in_the_wrong_day_is_put_right_whatever_its_own_day(
+    world: World, time: str
+) -> None:
+    connection = world.connection
+    world.event(world.session(world.org()), ts=time)
+    enqueue_all(connection)
+    drain_all(connection)
+    connection.execute("UPDATE fact_tool_call SET time_bucket_day = %s", [DAY])
+    assert compared(connection, TOOL_CALL).stale == 1
+
+    assert materialized(connection, TOOL_CALL) == {"read": 1, "refreshed": 1}
+
+    right = "SELECT time_bucket_day = (ts AT TIME ZONE 'UTC')::date FROM fact_tool_call, events"
+    assert value(connection, right)
 
 
 def test_comparing_a_day_writes_nothing(world: World) -> None:
@@ -354,6 +400,96 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
             wait_until(lambda: waiting(connection) == 2 or draining.done(), "the projector")
         materializing.result(30)
         assert draining.result(30).completed == 1
+
+    assert differences(connection) == []
+
+
+def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays(
+    world: World, postgres: PostgresResource
+) -> None:
+    """It was lost after the day's last step, so that only the removal of leftovers sees it gone."""
+    connection = world.connection
+    org = world.org()
+    session = world.session(org, capabilities='["back"]')
+    materialize(connection)
+    world.enqueue(org, "session", session)
+    configure = "UPDATE sessions SET capabilities = %s"
+
+    def lose(*_: int) -> None:
+        connection.execute(configure, ["[]"])
+
+    def remove_leftovers() -> None:
+        with postgres.connect() as own:
+            materialized(own, CAPABILITY, on_step=lose)
+
+    def project() -> int:
+        with postgres.connect() as own:
+            return drain_all(own).completed
+
+    with postgres.connect() as blocker, ThreadPoolExecutor(2) as executor:
+        with blocker.transaction():
+            blocker.execute("SELECT FROM fact_capability_usage FOR UPDATE")
+            removing = executor.submit(remove_leftovers)
+            wait_until(lambda: waiting(connection) == 1, "the row to be about to be removed")
+            connection.execute(configure, ['["back"]'])
+            projecting = executor.submit(project)
+            wait_until(lambda: waiting(connection) == 2 or projecting.done(), "the projector")
+        removing.result(30)
+        assert projecting.result(30) == 1
+
+    assert differences(connection) == []
+
+
+def test_removing_leftovers_is_tried_again_when_it_deadlocks(
+    world: World, postgres: PostgresResource
+) -> None:
+    """A projector holds the row that is left over, and waits for its turn at the sessions."""
+    connection = world.connection
+    session = world.session(world.org(), capabilities='["lost"]')
+    materialize(connection)
+
+    def lose(*_: int) -> None:
+        connection.execute("UPDATE sessions SET capabilities = '[]'")
+
+    def run() -> dict[str, int]:
+        with postgres.connect() as own:
+            return materialized(own, CAPABILITY, on_step=lose)
+
+    with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
+        foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
+        with foreign.transaction():
+            foreign.execute("SELECT FROM fact_capability_usage FOR UPDATE")
+            removing = executor.submit(run)
+            wait_until(lambda: waiting(connection) == 1, "the day to wait")
+            lock_sessions(foreign)
+        assert removing.result(30) == {"read": 1, "unchanged": 1, "removed": 1}
+
+    materialize(connection)
+    assert keys(connection) == {f"session:{session}"}
+    assert differences(connection) == []
+
+
+def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresResource) -> None:
+    """A foreign transaction holds what the day wants, and wants what the day holds."""
+    connection = world.connection
+    session = world.session(world.org())
+    first, second = sorted(f"event:{world.event(session)}" for _ in range(2))
+    materialize(connection)
+    connection.execute("UPDATE fact_tool_call SET tool_status = 'stale'")
+    lock_fact = "SELECT FROM fact_tool_call WHERE source_key = %s FOR UPDATE"
+
+    def run() -> dict[str, int]:
+        with postgres.connect() as own:
+            return materialized(own, TOOL_CALL)
+
+    with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
+        foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
+        with foreign.transaction():
+            foreign.execute(lock_fact, [second])
+            materializing = executor.submit(run)
+            wait_until(lambda: waiting(connection) == 1, "the day to wait")
+            foreign.execute(lock_fact, [first])
+        assert materializing.result(30) == {"read": 2, "refreshed": 2}
 
     assert differences(connection) == []
 

@@ -19,6 +19,8 @@ from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = NOON.date()
+# PostgreSQL knows them, Python's calendar does not.
+TIMES_BEYOND_PYTHON = ("54000-02-03 04:05", "0044-03-15 12:00 BC", "infinity", "-infinity")
 MAX_ATTEMPTS = 12
 REASONS = {source.type: source.reason for source in SOURCES}
 
@@ -63,7 +65,7 @@ class World:
         session_id: UUID,
         event_type: str = "tool.completed",
         *,
-        ts: datetime = NOON,
+        ts: datetime | str = NOON,
         data: Any = None,
         context: Any = None,
     ) -> UUID:
@@ -83,7 +85,9 @@ class World:
             "llm_generations", org_id=org_id, session_id=session_id, **(defaults | columns)
         )
 
-    def posting(self, org_id: int, session_id: UUID | None = None, amount: float = 1) -> UUID:
+    def posting(
+        self, org_id: int, session_id: UUID | None = None, amount: float = 1, **columns: Any
+    ) -> UUID:
         journal = self._insert("usage_journal", org_id=org_id, kind="usage")
         return self._insert(
             "usage_ledger",
@@ -93,7 +97,7 @@ class World:
             currency="USD",
             amount=amount,
             meter_source="meter",
-            created_at=NOON,
+            **({"created_at": NOON} | columns),
         )
 
     def enqueue(

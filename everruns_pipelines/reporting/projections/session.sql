@@ -9,8 +9,12 @@ SELECT
     finished_at,
     updated_at AS last_active_at,
     1 AS session_count,
-    -- greatest() passes over a NULL: a session that has not both times lasts 0.
-    round(greatest(extract(epoch FROM finished_at - started_at), 0) * 1000) AS duration_ms,
+    -- greatest() passes over a NULL: a session that has not both times lasts 0. Subtracted as
+    -- numbers: times that are far apart have no interval, nor has infinity to itself. Then the
+    -- number is NaN, which is greater than any, and beyond bigint as infinity is.
+    round(
+        greatest(extract(epoch FROM finished_at) - extract(epoch FROM started_at), 0) * 1000
+    ) AS duration_ms,
     turn_count,
     total_input_tokens AS input_tokens,
     total_output_tokens AS output_tokens,
