@@ -66,8 +66,6 @@ def find_missing(
     found += [_lacking(fact, part, scope) for fact, part in parts if fact not in _sliced_facts()]
     if sliced:
         _slice(connection, scope, parameters, keep_digests=keep_digests)
-        # What differs is looked up by key. The default assumes a spinning disk, and scans instead.
-        connection.execute("SET LOCAL random_page_cost = 1.1")
         found += _in_slices(connection, sliced, scope, parameters)
     _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
     connection.execute("ANALYZE pg_temp.missing")
@@ -91,7 +89,7 @@ def _lacking(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Comp
         sql.SQL("fact.{0} IS NOT DISTINCT FROM expected.{0}").format(sql.Identifier(column))
         for column in projection.tracks
     ]
-    return sql.SQL(_LOOKED_UP if selection is _OF_SESSIONS else _LACKING).format(
+    return sql.SQL(_LACKING).format(
         type=sql.Literal(projection.source.type),
         reason=sql.Literal(projection.source.reason),
         expected=_expected(fact, projection, selection),
@@ -283,31 +281,44 @@ def _in_slices(
     parameters: dict[str, Any],
 ) -> list[sql.Composable]:
     """Queries for the sources that lack a fact, or have one too many, in the slices."""
-    found: list[sql.Composable] = []
     slices = _choose_sessions(connection, "true", parameters)
-    if 0 < slices <= _MOST_SESSIONS:
-        scope = _OF_SESSIONS
-        for number, query in enumerate(_explained(parts)):
+    if slices > _MOST_SESSIONS:
+        return [
+            *(_lacking(fact, part, scope) for fact, part in parts),
+            *(_superseded(fact, part, scope) for fact, part in parts if part.supersedes),
+        ]
+    # The default assumes a spinning disk, and scans instead of looking up.
+    connection.execute("SET LOCAL random_page_cost = 1.1")
+    found = list[sql.Composable]()
+    for number, query in enumerate(_explained(parts)):
+        if slices:
             table = f"explained_{number}"
             _create(connection, table, query, parameters)
-            explained = sql.Identifier(table)
-            found.append(sql.SQL(_OF_EXPLAINED).format(explained))
-            connection.execute(sql.SQL(_FORGET_EXPLAINED).format(explained))
+            found.append(sql.SQL(_OF_EXPLAINED).format(sql.Identifier(table)))
+            connection.execute(sql.SQL(_FORGET_EXPLAINED).format(sql.Identifier(table)))
             slices = _choose_sessions(connection, "true", parameters)
     if slices:
-        found += [_lacking(fact, part, scope) for fact, part in parts]
-        found += [_superseded(fact, part, scope) for fact, part in parts if part.supersedes]
+        found += _looked_up(parts)
+        found += [_superseded(fact, part, _OF_SESSIONS) for fact, part in parts if part.supersedes]
     return found
 
 
 def _explained(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composable]:
-    """Queries for sources by whose expected keys, or some of them, their session differs.
+    """Queries for sources by whose expected keys, or one of them, their session differs.
 
-    Where one or two facts are missing they are found so, and no key has to be looked up.
+    Where a single fact is missing its source is found so, and no key has to be looked up.
     """
-    has_events = any(part.key for _, part in parts)
-    if has_events:
-        yield _explained_events(_ONE_EXPLAINS)
+    if any(part.key for _, part in parts):
+        yield sql.SQL(_EXPLAINED_EVENTS).format(
+            type=sql.Literal(EVENT.type),
+            reason=sql.Literal(EVENT.reason),
+            hashes=sql.SQL(" ").join(
+                sql.SQL("WHEN {} THEN difference IN ({}, {})").format(
+                    sql.Literal(kind), sql.SQL(", ").join(hashes), sql.SQL(" # ").join(hashes)
+                )
+                for kind, hashes in _hashes_of_events().items()
+            ),
+        )
     for fact, part in parts:
         if not part.key:
             yield sql.SQL(_EXPLAINED).format(
@@ -316,24 +327,37 @@ def _explained(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Compo
                 expected=_expected(fact, part, _OF_SESSIONS),
                 hash=_hash(fact, sql.SQL("source_key")),
             )
-    if has_events:
-        yield _explained_events(_TWO_EXPLAIN)
 
 
-def _explained_events(query: LiteralString) -> sql.Composed:
-    """Asks of each event for the hash of every key that it makes, and of all together."""
-    by_type = _hashes_of_events()
-    for hashes in by_type.values():
-        if len(hashes) > 1:
-            hashes.append(sql.SQL(" # ").join(hashes))
-    return sql.SQL(query).format(
-        type=sql.Literal(EVENT.type),
-        reason=sql.Literal(EVENT.reason),
-        hashes=sql.SQL(" ").join(
-            sql.SQL("WHEN {} THEN ARRAY[{}]").format(sql.Literal(kind), sql.SQL(", ").join(hashes))
-            for kind, hashes in by_type.items()
-        ),
-    )
+def _looked_up(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composable]:
+    """Queries for sources of which a key is not stored."""
+    declared: dict[str, list[sql.Composed]] = {}
+    for fact, part in parts:
+        if part.key:
+            for event_type in part.event_types:
+                declared.setdefault(event_type, []).append(
+                    sql.SQL(_IS_LACKING).format(
+                        only=sql.SQL(part.only),
+                        fact=sql.Identifier(fact.table),
+                        key=sql.SQL(part.key),
+                    )
+                )
+        else:
+            yield sql.SQL(_LOOKED_UP).format(
+                type=sql.Literal(part.source.type),
+                reason=sql.Literal(part.source.reason),
+                expected=_expected(fact, part, _OF_SESSIONS),
+                fact=sql.Identifier(fact.table),
+            )
+    if declared:
+        yield sql.SQL(_LOOKED_UP_EVENTS).format(
+            type=sql.Literal(EVENT.type),
+            reason=sql.Literal(EVENT.reason),
+            lacking=sql.SQL(" ").join(
+                sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), sql.SQL(" OR ").join(lacking))
+                for kind, lacking in declared.items()
+            ),
+        )
 
 
 def _superseded(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -379,9 +403,27 @@ WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 _LOOKED_UP = """
 SELECT {type}, {reason}, org_id, split_part(source_key, ':', 2), created_at
 FROM ({expected}) AS expected
-LEFT JOIN LATERAL (SELECT true AS is_there FROM {fact} AS fact WHERE {same} OFFSET 0) AS stored
-    ON true
+LEFT JOIN LATERAL (
+    SELECT true AS is_there FROM {fact} AS fact
+    WHERE fact.org_id = expected.org_id AND fact.source_key = expected.source_key
+    OFFSET 0
+) AS stored ON true
 WHERE is_there IS NULL
+"""
+
+_LOOKED_UP_EVENTS = """
+SELECT {type}, {reason}, session.org_id, source.id::text, ts
+FROM events AS source
+JOIN sessions AS session ON session.id = source.session_id
+WHERE session_id = ANY (%(sessions)s::uuid[]) AND CASE event_type {lacking} END
+"""
+
+_IS_LACKING = """
+({only} AND NOT EXISTS (
+    SELECT FROM {fact} AS fact
+    WHERE fact.org_id = session.org_id AND fact.source_key = {key}
+    OFFSET 0
+))
 """
 
 # Whichever session is gone, nothing of it can be missing.
@@ -435,7 +477,7 @@ JOIN pg_temp.slices USING (session_id)
 WHERE NOT is_read
 """
 
-_ONE_EXPLAINS: LiteralString = """
+_EXPLAINED_EVENTS = """
 SELECT
     {type} AS source_type,
     {reason} AS reason,
@@ -447,29 +489,7 @@ FROM events AS source
 JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
     ON slice.id = source.session_id
 JOIN sessions AS session ON session.id = source.session_id
-WHERE difference = ANY (CASE event_type {hashes} END)
-"""
-
-_TWO_EXPLAIN: LiteralString = """
-WITH hashes AS MATERIALIZED (
-    SELECT source.id, source.session_id, source.ts, hash, hash # difference AS other_hash
-    FROM events AS source
-    JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
-        ON slice.id = source.session_id
-    CROSS JOIN LATERAL unnest(CASE event_type {hashes} END) AS hash
-    WHERE hash <> 0
-)
-SELECT
-    {type} AS source_type,
-    {reason} AS reason,
-    session.org_id,
-    one.id::text AS source_id,
-    one.ts AS at,
-    session_id
-FROM hashes AS one
-JOIN hashes AS other USING (session_id)
-JOIN sessions AS session ON session.id = session_id
-WHERE one.other_hash = other.hash AND one.id <> other.id
+WHERE CASE event_type {hashes} END
 """
 
 _OF_EXPLAINED = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
