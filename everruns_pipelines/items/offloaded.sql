@@ -22,5 +22,5 @@ SELECT
         WHERE other.id::text = ANY (string_to_array(lower(candidate.uri), '/'))
     ) AS others
 FROM candidates AS candidate
-WHERE candidate.reason = 'offloaded'
+WHERE candidate.state <> 'valid' AND candidate.reason = 'offloaded'
 ORDER BY candidate.id

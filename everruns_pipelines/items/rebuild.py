@@ -6,8 +6,7 @@ else, and the next one does the rest.
 """
 
 import base64
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.resources import files
@@ -215,43 +214,44 @@ def _merge(
     dry_run: bool,
 ) -> Rebuilt:
     """Judge what is staged and bring the tables in line with it."""
-    spans, unknown = _clean_spans(connection)
+    connection.execute(_read("repeats.sql"))
+    projects = _spans_by_project(connection)
+    unknown = projects.pop(None, 0)
+    spans = sum(projects.values())
     log(f"{spans} spans carry items; judging them")
     _judge(connection, session)
     recovered = _recover(connection, session, store)
     if not dry_run:
         ensure_schema(connection)
-    with _projects_locked(connection, log, needed=not dry_run):
-        _choose(connection)
-        done = Rebuilt(
-            spans=spans,
-            spans_of_unknown_projects=unknown,
-            out_of_scope=_count(
-                connection, "SELECT count(*) FROM candidates WHERE state = 'out_of_scope'"
-            ),
-            recovered=recovered,
-        )
-        for number in count():
-            connection.execute(_read("refs.sql"), {"round": number})
-            for batch in _batches(connection, number):
-                done = done.with_items(_merge_batch(connection, batch, dry_run=dry_run))
-                log(f"{done.processed} items done")
-            if not connection.execute(_read("revive.sql"), {"round": number + 1}).rowcount:
-                break
-        for batch in _batches(connection, None):
-            done = done.with_links(_link_batch(connection, batch, dry_run=dry_run))
-        return _account(connection, done, dry_run=dry_run)
+        _lock(connection, filter(None, projects), log)
+    _choose(connection)
+    done = Rebuilt(
+        spans=spans,
+        spans_of_unknown_projects=unknown,
+        out_of_scope=_count(
+            connection, "SELECT count(*) FROM candidates WHERE state = 'out_of_scope'"
+        ),
+        recovered=recovered,
+    )
+    for number in count():
+        connection.execute(_read("refs.sql"), {"round": number})
+        for batch in _batches(connection, number):
+            done = done.with_items(_merge_batch(connection, batch, dry_run=dry_run))
+            log(f"{done.processed} items done")
+        if not connection.execute(_read("revive.sql"), {"round": number + 1}).rowcount:
+            break
+    for batch in _batches(connection, None):
+        done = done.with_links(_link_batch(connection, batch, dry_run=dry_run))
+    return _account(connection, done, dry_run=dry_run)
 
 
-def _clean_spans(connection: Connection) -> tuple[int, int]:
-    """Drop repeats and count what is left: spans of known projects, and of others."""
-    connection.execute(_read("repeats.sql"))
-    counted = connection.execute(
-        "SELECT count(name), count(*) - count(name)"
-        " FROM staged_spans LEFT JOIN staged_projects ON name = project"
-    ).fetchone()
-    assert counted is not None
-    return counted[0], counted[1]
+def _spans_by_project(connection: Connection) -> dict[str | None, int]:
+    """How many spans there are of each known project; under None, those of others."""
+    rows = connection.execute(
+        "SELECT project_id::text, count(*)"
+        " FROM staged_spans LEFT JOIN staged_projects ON name = project GROUP BY 1"
+    )
+    return dict(rows.fetchall())
 
 
 def _judge(connection: Connection, session: str | None) -> None:
@@ -317,7 +317,7 @@ def _recover(connection: Connection, session: str | None, store: ObjectStore | N
     if store is None:
         connection.execute(
             "UPDATE candidates SET detail = 'EVERRUNS_OBJECT_STORE_URL is not set'"
-            " WHERE reason = 'offloaded'"
+            " WHERE state <> 'valid' AND reason = 'offloaded'"
         )
         return 0
     with connection.transaction():
@@ -420,22 +420,14 @@ def _account(connection: Connection, done: Rebuilt, *, dry_run: bool) -> Rebuilt
     )
 
 
-@contextmanager
-def _projects_locked(connection: Connection, log: Log, *, needed: bool) -> Generator[None]:
-    """One rebuild per project at a time; the lock goes with the connection, however it ends."""
-    if needed:
-        projects = connection.execute(
-            "SELECT DISTINCT project_id::text FROM staged_projects AS project WHERE EXISTS"
-            " (SELECT FROM candidates WHERE candidates.project_id = project.project_id)"
-            " ORDER BY 1"
-        ).fetchall()
-        for (project,) in projects:  # In one order everywhere: nobody waits in a circle.
-            key = f"everruns_pipelines.items {project}"
-            query = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
-            if connection.execute(query, [key]).fetchone() != (True,):
-                log(f"Waiting: another rebuild of project {project} is running")
-                connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
-    yield
+def _lock(connection: Connection, projects: Iterable[str], log: Log) -> None:
+    """One rebuild per project at a time; the locks go with the connection, however it ends."""
+    for project in sorted(projects):  # In one order everywhere: nobody waits in a circle.
+        key = f"everruns_pipelines.items {project}"
+        query = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+        if connection.execute(query, [key]).fetchone() != (True,):
+            log(f"Waiting: another rebuild of project {project} is running")
+            connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
 
 
 def _tally(connection: Connection, query: LiteralString) -> dict[str, int]:

@@ -7,7 +7,7 @@ WITH claims AS (
         taken.candidate IS NOT NULL OR (holder.id IS NOT NULL AND given.candidate IS NULL)
             AS is_taken,
         row_number() OVER (
-            PARTITION BY chosen.project_id, chosen.ref COLLATE "C"
+            PARTITION BY chosen.ref COLLATE "C", chosen.project_id
             ORDER BY chosen.ended_ns, chosen.dedupe_key COLLATE "C"
         ) > 1 AS is_later
     FROM chosen

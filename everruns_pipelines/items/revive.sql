@@ -4,7 +4,8 @@ WITH revived AS (
     UPDATE candidates AS candidate
     SET state = 'valid', reason = NULL, detail = NULL
     WHERE
-        candidate.reason = 'ref_conflict'
+        candidate.state = 'rejected'
+        AND candidate.reason = 'ref_conflict'
         AND NOT EXISTS (
             SELECT
             FROM items AS holder

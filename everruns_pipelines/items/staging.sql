@@ -1,7 +1,8 @@
 -- PostgreSQL: where a rebuild works before it touches a table. Temporary: gone with the connection.
 
--- Of this connection alone. Memoize would keep copies of every payload and never use one again.
-SET temp_buffers = '64MB';
+-- Of this connection alone. What is staged is passed over several times: rather from memory than
+-- from files. Memoize would keep copies of every payload and never use one again.
+SET temp_buffers = '128MB';
 SET work_mem = '64MB';
 SET enable_memoize = off;
 
@@ -26,6 +27,9 @@ CREATE TEMP TABLE staged_spans (
     objects text STORAGE EXTERNAL NOT NULL,
     complete boolean NOT NULL CHECK (complete)
 );
+
+-- Most are readable: the others are found without passing over all.
+CREATE INDEX ON staged_spans (state) WHERE state <> 'readable';
 
 -- Values that did not come along in a readable span: cut out of a damaged one, or fetched.
 CREATE TEMP TABLE staged_values (
@@ -66,6 +70,9 @@ CREATE TEMP TABLE candidates (
     links jsonb,
     data jsonb STORAGE EXTERNAL
 );
+
+-- Most are valid, likewise.
+CREATE INDEX ON candidates (state) WHERE state <> 'valid';
 
 -- One candidate per dedupe key. A later round holds those whose ref an earlier one set free.
 CREATE TEMP TABLE chosen (
