@@ -88,7 +88,7 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
     staged = connection.execute(
         sql.SQL(
             "INSERT INTO pg_temp.selection"
-            " SELECT row_number() OVER (ORDER BY source_type, org_id, source_id),"
+            ' SELECT row_number() OVER (ORDER BY source_type COLLATE "C", org_id, source_id),'
             " source_type, org_id, source_id,"
             # Known here, each projection looks up the events of its own types only.
             " (SELECT event_type FROM events WHERE id = source_id)"
@@ -96,7 +96,7 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
         ).format(rows),
         parameters,
     ).rowcount
-    connection.execute("ANALYZE pg_temp.selection")
+    connection.execute("ANALYZE pg_temp.selection (part, event_type)")
     return staged
 
 
@@ -118,10 +118,15 @@ def project_selection(
     projections: Iterable[tuple[Fact, Projection]],
     first: int,
     last: int,
+    *,
+    cautious: bool = False,
 ) -> Outcome:
     """Project the sources numbered `first` to `last` of the selection, each wholly or not at all.
 
     Sources whose facts cannot be stored are among the failures; their neighbours are written.
+
+    Args:
+        cautious: expect that others write new facts of the same sources at the same time.
     """
     if first > last:
         return Outcome()
@@ -132,10 +137,13 @@ def project_selection(
         with connection.transaction() as savepoint:
             outcome = Outcome()
             for fact, projection in projections:
-                outcome.add(_project(connection, fact, projection, first, last))
+                outcome.add(_project(connection, fact, projection, first, last, cautious=cautious))
             if outcome.failures:
                 raise psycopg.Rollback(savepoint)
     except psycopg.Error as error:
+        if isinstance(error, psycopg.errors.UniqueViolation) and not cautious:
+            # Somebody else has just written one of the new facts.
+            return project_selection(connection, projections, first, last, cautious=True)
         if not (error.sqlstate or "").startswith(_ROW_ERRORS):
             raise
         if first == last:
@@ -179,14 +187,20 @@ def _unselect(connection: Connection, failures: list[Failure], first: int, last:
 
 
 def _project(
-    connection: Connection, fact: Fact, projection: Projection, first: int, last: int
+    connection: Connection,
+    fact: Fact,
+    projection: Projection,
+    first: int,
+    last: int,
+    *,
+    cautious: bool,
 ) -> Outcome:
     """Write one projection of a part of the selection.
 
     A row that somebody else wrote since we compared it is left alone and compared again: so an
     older state of a source never overwrites a newer one, and no update is lost.
     """
-    statement = _statement(fact, projection)
+    statement = _statement(fact, projection, cautious=cautious)
     written: Counter[tuple[str, str]] = Counter()
     while True:
         outcome = Outcome()
@@ -214,7 +228,7 @@ def _project(
 
 
 @cache
-def _statement(fact: Fact, projection: Projection) -> bytes:
+def _statement(fact: Fact, projection: Projection, *, cautious: bool) -> bytes:
     columns = [sql.Identifier(column.name) for column in fact.columns]
     statement = sql.SQL(_PROJECT).format(
         projected=projected_rows(fact, projection, STAGED),
@@ -229,10 +243,14 @@ def _statement(fact: Fact, projection: Projection) -> bytes:
         refresh=sql.SQL(", ").join(
             sql.SQL("{0} = excluded.{0}").format(column) for column in columns if column not in _KEY
         ),
+        added=sql.SQL(_NO_DAY if cautious else _ADDED).format(
+            fact=sql.Identifier(fact.table), columns=sql.SQL(", ").join(columns)
+        ),
+        is_not_added=sql.SQL("true" if cautious else "seen_at IS NOT NULL"),
         noted=sql.SQL(_NOTED if projection.rejects or projection.reports else "").format(
             name=sql.Literal(fact.table)
         ),
-        removed=sql.SQL(_REMOVED if projection.supersedes else _NOTHING_REMOVED).format(
+        removed=sql.SQL(_REMOVED if projection.supersedes else _NO_DAY).format(
             fact=sql.Identifier(fact.table), superseded=sql.SQL(projection.supersedes or "")
         ),
     )
@@ -270,11 +288,12 @@ WITH compared AS MATERIALIZED (
         LIMIT 1
     ) AS fact ON true
 ),
+added AS ({added}),
 written AS (
     INSERT INTO {fact} AS fact ({columns}, projected_at)
     SELECT {columns}, coalesce(seen_at, now())
     FROM compared
-    WHERE wanted AND unstorable IS NULL
+    WHERE wanted AND unstorable IS NULL AND {is_not_added}
     ORDER BY org_id, source_key
     ON CONFLICT (org_id, source_key) DO UPDATE
     SET {refresh}, projected_at = now()
@@ -310,10 +329,20 @@ FULL JOIN (
         day,
         count(*) FILTER (WHERE is_new) AS inserted,
         count(*) FILTER (WHERE NOT is_new) AS refreshed
-    FROM written
+    FROM (SELECT * FROM written UNION ALL SELECT day, true FROM added) AS written
     GROUP BY 1
 ) AS written USING (day)
 FULL JOIN (SELECT day, count(*) AS gone FROM removed GROUP BY 1) AS removed USING (day)
+"""
+
+# New facts, as fast as can be. Fails if somebody else has just written one of them.
+_ADDED = """
+    INSERT INTO {fact} AS fact ({columns}, projected_at)
+    SELECT {columns}, now()
+    FROM compared
+    WHERE wanted AND unstorable IS NULL AND seen_at IS NULL
+    ORDER BY org_id, source_key
+    RETURNING fact.time_bucket_day AS day
 """
 
 _NOTED = """
@@ -361,4 +390,4 @@ _REMOVED = """
     RETURNING fact.time_bucket_day AS day
 """
 
-_NOTHING_REMOVED = "SELECT NULL::date AS day WHERE false"
+_NO_DAY = "SELECT NULL::date AS day WHERE false"
