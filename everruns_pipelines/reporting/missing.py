@@ -465,8 +465,8 @@ WHERE read.session_id = slice.session_id AND NOT is_read
 
 _FORGET_DIGESTS = """
 DELETE FROM everruns_pipelines.event_digests AS digest
-USING pg_temp.slices AS slice
-WHERE slice.session_id = digest.session_id AND NOT is_read
+WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT is_read)
+    OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
 _KEEP_DIGESTS = """

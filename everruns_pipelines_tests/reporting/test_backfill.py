@@ -651,6 +651,22 @@ def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
     assert {id_ for _, id_ in _pending(world)} == added
 
 
+def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: Connection) -> None:
+    _backfill(world)
+    world.execute("SET LOCAL app.session_purge = 'true'")
+    world.execute("DELETE FROM sessions WHERE id = (SELECT min(id::text)::uuid FROM sessions)")
+    _add_events(world, 1)
+    _backfill(world)
+    assert (
+        _value(
+            world,
+            "SELECT count(*) FROM everruns_pipelines.event_digests"
+            " WHERE NOT EXISTS (SELECT FROM sessions WHERE id = session_id)",
+        )
+        == 0
+    )
+
+
 def test_a_digest_of_other_projections_does_not_count(world: Connection) -> None:
     _backfill(world)
     world.execute("UPDATE everruns_pipelines.event_digests SET seed = seed + 1, keys = keys + 1")
