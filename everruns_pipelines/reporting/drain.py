@@ -233,7 +233,6 @@ def _project(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
     with transaction(connection):
         # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
         connection.execute("SET LOCAL random_page_cost = 1.1")
-        outbox.take(claim)
         stage(connection, _SELECTED, {})
         parts = staged_parts(connection)
         for sources in _ORDER:

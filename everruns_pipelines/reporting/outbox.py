@@ -62,6 +62,7 @@ class Outbox:
         """Hold the lock that tells other projectors that this one lives."""
         lock_key = secrets.randbits(62)
         connection.execute("SELECT pg_advisory_lock(%s)", [lock_key])
+        connection.execute(_SQL["make_batch"])
         try:
             yield cls(connection, lock_key, max_attempts)
         finally:
@@ -71,7 +72,8 @@ class Outbox:
     def claim(self, size: int, org_id: int | None = None) -> Claim | None:
         """Take up to `size` due rows, in equal shares per organization; None if none is due.
 
-        Committed at once: the rows are processing for everybody to see.
+        Committed at once: the rows are processing for everybody to see. They are the temporary
+        table `batch` until the next claim.
         """
         while True:
             try:
@@ -85,23 +87,22 @@ class Outbox:
             # A claim that a crash of the server forgets leaves its rows due: no need to wait.
             self.connection.execute("SET LOCAL synchronous_commit = off")
             self._execute("return_lost")
+            self.connection.execute("TRUNCATE pg_temp.batch")
+            types = [source.type for source in SOURCES]
             claimed = 0
             while claimed < size:
-                taken = self._execute("claim", org_id=org_id, size=size - claimed).rowcount
+                taken = self._execute(
+                    "claim", org_id=org_id, size=size - claimed, source_types=types
+                ).rowcount
                 if taken == 0:  # nothing is due, or somebody else is claiming it
                     break
                 claimed += taken
             if claimed == 0:
                 return None
             row = self._execute("remember_claim").fetchone()
+            self.connection.execute("ANALYZE pg_temp.batch (id)")
         assert row is not None
         return Claim(row[0], claimed)
-
-    def take(self, claim: Claim) -> None:
-        """Make the claimed rows the temporary table `batch`, until the end of the transaction."""
-        self._execute("take_batch", claimed_at=claim.claimed_at)
-        self.connection.execute("ANALYZE pg_temp.batch (id)")
-        self._execute("refuse_malformed", source_types=[source.type for source in SOURCES])
 
     def fail(self, source: Source, failures: list[Failure]) -> None:
         """Note which rows of the batch fail, and why."""

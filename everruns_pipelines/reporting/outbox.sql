@@ -36,8 +36,21 @@ FROM (
 ) AS lost
 WHERE id = lost_id
 
+-- name: make_batch
+-- The rows that this projector has claimed, as they stood then: a later change of `next_attempt_at`
+-- tells of an enqueue that the batch may not have seen.
+CREATE TEMPORARY TABLE IF NOT EXISTS batch (
+    id uuid NOT NULL,
+    org_id bigint NOT NULL,
+    source_type text NOT NULL,
+    source_id uuid,
+    next_attempt_at timestamptz NOT NULL,
+    error text
+)
+
 -- name: claim
--- Up to `size` due rows, in equal shares per organization that has any, the oldest first.
+-- Up to `size` due rows, in equal shares per organization that has any, the oldest first, into the
+-- batch. One whose source id is malformed fails.
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
@@ -96,20 +109,33 @@ due AS (
             FOR UPDATE SKIP LOCKED
         ) AS failed
     ) AS oldest
-)
-UPDATE reporting_outbox
-SET status = 'processing',
-    attempts = attempts + 1,
-    claimed_at = now(),
-    updated_at = now()
-WHERE id = ANY (
-    ARRAY(
-        SELECT id FROM due
-        WHERE place <= (SELECT size FROM share)
-        ORDER BY place, next_attempt_at
-        LIMIT %(size)s
+),
+claimed AS (
+    UPDATE reporting_outbox
+    SET status = 'processing',
+        attempts = attempts + 1,
+        claimed_at = now(),
+        updated_at = now()
+    WHERE id = ANY (
+        ARRAY(
+            SELECT id FROM due
+            WHERE place <= (SELECT size FROM share)
+            ORDER BY place, next_attempt_at
+            LIMIT %(size)s
+        )
     )
+    RETURNING *
 )
+INSERT INTO pg_temp.batch (id, org_id, source_type, source_id, next_attempt_at, error)
+SELECT
+    id,
+    org_id,
+    source_type,
+    CASE WHEN is_uuid THEN source_id::uuid END,
+    next_attempt_at,
+    CASE WHEN NOT is_uuid AND source_type = ANY (%(source_types)s) THEN 'the source id is no UUID' END
+FROM claimed
+CROSS JOIN LATERAL (SELECT pg_input_is_valid(source_id, 'uuid') AS is_uuid) AS checked
 
 -- name: remember_claim
 INSERT INTO everruns_pipelines.outbox_claims (claimed_at, lock_key)
@@ -118,25 +144,6 @@ RETURNING claimed_at
 
 -- name: forget_claim
 DELETE FROM everruns_pipelines.outbox_claims WHERE claimed_at = %(claimed_at)s
-
--- name: take_batch
--- The claimed rows, as they stand before their sources are read: a later change of
--- `next_attempt_at` tells of an enqueue that this batch may not have seen.
-CREATE TEMPORARY TABLE batch ON COMMIT DROP AS
-SELECT
-    id,
-    org_id,
-    source_type,
-    CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS source_id,
-    next_attempt_at,
-    NULL::text AS error
-FROM reporting_outbox
-WHERE status = 'processing' AND claimed_at = %(claimed_at)s
-
--- name: refuse_malformed
-UPDATE pg_temp.batch
-SET error = 'the source id is no UUID'
-WHERE source_id IS NULL AND source_type = ANY (%(source_types)s)
 
 -- name: note_failures
 UPDATE pg_temp.batch

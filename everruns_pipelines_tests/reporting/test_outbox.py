@@ -37,13 +37,7 @@ def opened(connection: Connection, stack: ExitStack) -> Outbox:
     return stack.enter_context(Outbox.opened(connection, MAX_ATTEMPTS))
 
 
-def finish(connection: Connection, held: Outbox, claim: Claim) -> Finished:
-    with transaction(connection):
-        held.take(claim)
-        return finish_taken(held, claim)
-
-
-def finish_taken(held: Outbox, claim: Claim) -> Finished:
+def finish(held: Outbox, claim: Claim) -> Finished:
     others = held.finish(claim, of_sessions=False)
     sessions = held.finish(claim, of_sessions=True)
     held.forget(claim)
@@ -277,7 +271,6 @@ def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None
         claim = held.claim(1_000)
         assert claim is not None
         with transaction(world.connection):
-            held.take(claim)
             before = index_entries_read(world.connection)
             finished = held.finish(claim, of_sessions=False)
         read = index_entries_read(world.connection) - before
@@ -517,9 +510,8 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
         claim = held.claim(1)
         assert claim is not None
         with transaction(world.connection):
-            held.take(claim)
             held.fail(EVENT, [Failure(org, source, "x" * 5_000)])
-            finish_taken(held, claim)
+            finish(held, claim)
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
 
@@ -568,7 +560,6 @@ def test_a_worker_that_lost_its_claim_completes_nothing(
         claim = slow.claim(10)
         assert claim is not None
         with transaction(world.connection):
-            slow.take(claim)
             other.execute(
                 "UPDATE reporting_outbox SET claimed_at = claimed_at - interval '16 minutes'"
                 " WHERE id = %s",
@@ -576,7 +567,7 @@ def test_a_worker_that_lost_its_claim_completes_nothing(
             )
             taken_over = opened(other, stack).claim(10)
             assert taken_over is not None
-            finished = finish_taken(slow, claim)
+            finished = finish(slow, claim)
 
         assert finished == Finished(completed=1, failed=0, parked=0)
         assert status(world, kept) == "completed"
@@ -594,9 +585,8 @@ def test_a_row_enqueued_again_while_it_is_processing_is_pending_again(
         claim = held.claim(10)
         assert claim is not None
         with transaction(world.connection):
-            held.take(claim)
             application_enqueues(application, id_)
-            assert finish_taken(held, claim) == Finished(completed=0, failed=0, parked=0)
+            assert finish(held, claim) == Finished(completed=0, failed=0, parked=0)
 
     assert status(world, id_) == "pending"
     assert value(world.connection, "SELECT next_attempt_at <= now() FROM reporting_outbox")
