@@ -1,5 +1,7 @@
 """Each trap of the contract, met with the real SDK, and what a rebuild does."""
 
+import random
+import string
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -473,6 +475,25 @@ def test_a_malformed_link_is_dropped_and_counted(world: World) -> None:
     done = world.rebuild()
     assert (done.processed, done.links_created) == (1, 0)
     assert done.links_unresolved == 2 * len(links)
+
+
+def test_a_relationship_that_no_index_entry_holds_is_unresolved_and_the_rest_goes_on(
+    world: World,
+) -> None:
+    # Random, or it would be compressed.
+    longest = "".join(random.Random(1).choices(string.ascii_letters + string.digits, k=2600))
+    links = [
+        {"target_ref": "me", "relationship": relationship}
+        for relationship in (longest, longest + "x", longest * 1000, "é" * 1301, "short")
+    ]
+    world.add(
+        Span([envelope("one", ref="me", links=links)], name="a"),
+        Span([envelope("two", title="x" * 513)], name="b"),
+    )
+    done = world.rebuild()
+    assert (done.links_created, done.links_unresolved) == (2, 3)
+    assert world.links() == {(key("one"), key("one"), name) for name in (longest, "short")}
+    assert world.reasons() == {key("two"): "invalid_field"}
 
 
 def test_a_rejection_is_replaced_and_goes_once_the_item_is_stored(world: World) -> None:
