@@ -18,6 +18,7 @@ WITH named AS (
                 THEN nullif(link.value ->> 'target_ref', '')
         END AS target_ref,
         CASE
+            WHEN jsonb_typeof(link.value -> 'target_item_id') <> 'string' THEN NULL
             WHEN pg_input_is_valid(link.value ->> 'target_item_id', 'uuid')
                 THEN (link.value ->> 'target_item_id')::uuid
         END AS target_id
