@@ -119,6 +119,15 @@ def test_a_directory_of_the_users_is_not_written(directory: Path) -> None:
         assert clickhouse.rows("SHOW TABLES", {}) == []
 
 
+def test_rows_end_at_a_newline_alone(directory: Path) -> None:
+    odd = "a\u0085b\u2028c\u2029d\x0b\x0c\x1c\r"
+    with _resource(directory).connect() as clickhouse:
+        query = "SELECT {odd:String}, number FROM numbers(2)"
+        assert clickhouse.rows(query, {"odd": odd}) == [[odd, "0"], [odd, "1"]]
+        assert clickhouse.rows("SELECT 1 WHERE 0", {}) == []
+        assert clickhouse.rows("SELECT ''", {}) == [[""]]
+
+
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -107,6 +107,12 @@ def test_projects_get_runs_of_their_own(world: World) -> None:
     )
 
 
+def test_an_odd_project_name_does_not_stop_the_sensor(world: World) -> None:
+    odd = ["a\u2028b", "a\u0085", "a\tb", "a\nb", "\\N", "'\""]
+    world.add(span("one"), *(span(project, project=project) for project in odd))
+    assert traces(tick(world)) == {name_id("one").hex}
+
+
 def test_many_traces_are_split_into_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(automation, "_TRACES_PER_RUN", 2)
     world.add(*(span(f"number {number}") for number in range(5)))
