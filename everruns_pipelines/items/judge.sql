@@ -21,7 +21,8 @@ SELECT
     found.organization_id,
     found.project_id,
     CASE
-        WHEN key.is_sound THEN found.value ->> 'dedupe_key'
+        -- What was fetched may be another item: whose it should be, the span says.
+        WHEN key.is_sound AND NOT found.fetched THEN found.value ->> 'dedupe_key'
         WHEN char_length(found.key_hint) BETWEEN 1 AND 64 THEN found.key_hint
     END,
     found.ended_ns,

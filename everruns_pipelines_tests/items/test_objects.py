@@ -59,10 +59,23 @@ def test_an_offloaded_item_is_recovered_from_a_directory(world: World, tmp_path:
     assert world.items().keys() == {key("sound")}
     assert world.reasons() == {
         key("bad"): "invalid_field",
-        key("somebody else's"): "invalid_field",
+        key("other"): "invalid_field",
         key("broken"): "invalid_json",
         key("gone"): "offloaded",
     }
+
+
+def test_an_object_that_is_a_stored_item_does_not_stand_for_the_one_of_the_span(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "x").write_text(json.dumps(envelope("stored")))
+    world.add(
+        Span([envelope("stored")], name="a"),
+        Span(objects=[_offloaded("one", f"file://{tmp_path}/x")], name="b"),
+    )
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.processed, done.rejected) == (1, 1)
+    assert world.reasons() == {key("one"): "invalid_field"}
 
 
 def test_a_uri_is_untrusted_input(world: World, tmp_path: Path) -> None:
