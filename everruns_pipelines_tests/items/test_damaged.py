@@ -104,6 +104,17 @@ def test_outputs_cut_in_mid_text_keep_what_is_whole(world: World) -> None:
     assert world.reasons() == {None: "unreadable_span"}
 
 
+def test_of_two_damaged_deliveries_the_longer_one_counts(world: World) -> None:
+    for number, cut in enumerate((900, 1100, 1300, 1500)):
+        row = _neighbours("NaN", f"poison {number}")
+        shorter = json.loads(json.dumps(row))
+        objects = row["SpanAttributes"]["dreadnode.objects"]
+        shorter["SpanAttributes"]["dreadnode.objects"] = objects[:cut]
+        world.add(*((row, shorter) if number % 2 else (shorter, row)))
+    done = world.rebuild()
+    assert (done.spans, done.inserted, done.rejected) == (4, 8, 4)
+
+
 @pytest.mark.parametrize("outputs", ['[{"na', "item", '{"name": "item"}', '"item"'])
 def test_outputs_that_cannot_be_read_leave_one_row(world: World, outputs: str) -> None:
     world.add(Span(attributes={"dreadnode.outputs": outputs}), Span([envelope("one")], name="ok"))
