@@ -1,5 +1,6 @@
 -- PostgreSQL: the links that the items of a batch name, and what is to happen to each.
--- A dry run has not inserted anything: what it would insert counts as there.
+-- A dry run has not inserted anything: what it would insert counts as there. Otherwise what is not
+-- there was deleted since.
 -- A relationship of more than 2,600 bytes is none: with its items' ids it may exceed the 2,704 that
 -- an index holds in one entry, and `item_links` is unique on all three.
 WITH named AS (
@@ -39,14 +40,18 @@ resolved AS (
         named.*,
         coalesce(by_id.id, by_ref.id) AS found_id,
         -- Which item the target is, also when it has no id yet.
-        coalesce(by_id.id::text, by_ref.id::text, 'key:' || to_come.dedupe_key) AS target
+        CASE WHEN named.source_id IS NOT NULL OR %(dry_run)s THEN
+            coalesce(by_id.id::text, by_ref.id::text, 'key:' || to_come.dedupe_key)
+        END AS target
     FROM named
     LEFT JOIN items AS by_id
         ON by_id.id = named.target_id AND by_id.project_id = named.project_id
     LEFT JOIN items AS by_ref
         ON by_ref.project_id = named.project_id AND by_ref.ref = named.target_ref
     LEFT JOIN chosen AS to_come
-        ON to_come.project_id = named.project_id AND to_come.ref = named.target_ref
+        ON %(dry_run)s
+        AND to_come.project_id = named.project_id
+        AND to_come.ref = named.target_ref
 ),
 
 told_apart AS (

@@ -192,6 +192,46 @@ def test_a_post_that_comes_between_is_met_again(
     assert len(posted) == 1
 
 
+@pytest.mark.parametrize(
+    ("moment", "change", "links"),
+    [
+        ("links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
+        ("links.sql", "UPDATE items SET ref = NULL WHERE ref = 'target'", 1),
+        ("create_links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("create_links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
+    ],
+)
+def test_a_link_whose_end_is_gone_is_unresolved_and_the_rest_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, moment: str, change: str, links: int
+) -> None:
+    """The platform changes an item between the merge, the plan of the links and their insert."""
+    named = [{"target_ref": ref, "relationship": "x"} for ref in ("target", "source")]
+    other = [{"target_ref": "other", "relationship": "x"}]
+    world.add(
+        Span(
+            [
+                envelope("source", ref="source", links=named),
+                envelope("target", ref="target"),
+                envelope("other", ref="other", links=other),
+            ]
+        )
+    )
+    original: Any = getattr(rebuild, "_read")  # noqa: B009, the moment that we need has no name
+    changes = [change]
+
+    def read(name: str) -> Any:
+        if name == moment and changes:
+            world.connection.execute(changes.pop().encode())
+        return original(name)
+
+    monkeypatch.setattr(rebuild, "_read", read)
+    done = world.rebuild()
+    assert (done.processed, done.links_created, done.links_unresolved) == (3, links + 1, 2 - links)
+    assert len(world.links()) == links + 1
+    assert changes == []
+
+
 def test_a_role_that_may_not_make_our_schema_is_told_so(world: World) -> None:
     world.add(Span([envelope("one")]))
     world.connection.execute("DROP ROLE IF EXISTS meek")
