@@ -38,20 +38,40 @@ WITH named AS (
 resolved AS (
     SELECT
         named.*,
-        coalesce(by_id.id, by_ref.id) AS found_id,
+        found.id AS found_id,
         -- Which item the target is, also when it has no id yet.
-        CASE WHEN named.source_id IS NOT NULL OR %(dry_run)s THEN
-            coalesce(by_id.id::text, by_ref.id::text, 'key:' || to_come.dedupe_key)
+        CASE WHEN named.source_id IS NOT NULL OR %(dry_run)s
+            THEN coalesce(found.id::text, 'key:' || to_come.dedupe_key)
         END AS target
     FROM named
     LEFT JOIN items AS by_id
         ON by_id.id = named.target_id AND by_id.project_id = named.project_id
     LEFT JOIN items AS by_ref
         ON by_ref.project_id = named.project_id AND by_ref.ref = named.target_ref
+    -- In a dry run a ref is whose it would be: an item's that would get it, else no longer the
+    -- item's that has it and would get another.
     LEFT JOIN chosen AS to_come
         ON %(dry_run)s
         AND to_come.project_id = named.project_id
         AND to_come.ref = named.target_ref
+    LEFT JOIN items AS there
+        ON %(dry_run)s
+        AND there.project_id = to_come.project_id
+        AND there.dedupe_key = to_come.dedupe_key
+    LEFT JOIN chosen AS given
+        ON %(dry_run)s
+        AND given.project_id = by_ref.project_id
+        AND given.dedupe_key = by_ref.dedupe_key
+        AND given.ref IS DISTINCT FROM by_ref.ref
+    CROSS JOIN LATERAL (
+        SELECT coalesce(
+            by_id.id,
+            CASE
+                WHEN to_come.candidate IS NOT NULL THEN there.id
+                WHEN given.candidate IS NULL THEN by_ref.id
+            END
+        ) AS id
+    ) AS found
 ),
 
 told_apart AS (

@@ -52,6 +52,36 @@ def test_a_dry_run_tells_what_would_change_and_writes_nothing_at_all(world: Worl
     assert (did.links_created, did.links_unresolved) == (2, 1)
 
 
+def test_a_dry_run_counts_links_by_the_refs_that_items_would_have(world: World) -> None:
+    moved, stored = world.post("moved", ref="x"), world.post("stored", ref="z")
+    world.post("takes over", ref="w")
+    links = [
+        {"target_ref": ref, "relationship": "r"} for ref in ("x", "y", "z", "w", "new", "never")
+    ]
+    links.append({"target_item_id": str(moved), "relationship": "r"})
+    world.add(
+        Span(
+            [
+                envelope("moved", ref="y"),
+                envelope("takes over", ref="z"),
+                envelope("new", ref="new"),
+                envelope("source", links=links),
+                envelope("stored", ref=None, links=links),
+            ]
+        )
+    )
+    world.connection.execute(
+        "INSERT INTO item_links (project_id, source_item_id, target_item_id, relationship)"
+        " SELECT project_id, id, %s, 'r' FROM items WHERE id = %s",
+        [moved, stored],
+    )
+    would = world.rebuild(dry_run=True)
+    did = world.rebuild()
+    assert would.counts() == did.counts()
+    assert (did.links_created, did.links_unresolved) == (5, 6)
+    assert world.rebuild(dry_run=True).counts() == world.rebuild().counts()
+
+
 _REBUILD = """
 import sys
 import everruns_pipelines.items.rebuild as module
