@@ -78,6 +78,26 @@ def test_all_three_may_be_named_by_uuid(world: World) -> None:
     assert done.processed == 1
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        SESSION.upper(),
+        SESSION.replace("-", ""),
+        SESSION.replace("-", "").upper(),
+        f"{{{SESSION}}}",
+        f"{{{SESSION.upper()}}}",
+        f"urn:uuid:{SESSION}",
+    ],
+)
+def test_the_session_of_a_span_is_read_in_every_spelling(world: World, spelling: str) -> None:
+    world.add(
+        Span([envelope("one", session_id=spelling)], session=spelling),
+        Span([envelope("two", session_id=None)], session=spelling, name="two"),
+    )
+    assert world.rebuild().processed == 2
+    assert str(world.items()[key("one")]["session_id"]) == SESSION
+
+
 def test_a_database_without_the_platforms_tables_is_refused(world: World) -> None:
     world.connection.execute("ALTER TABLE item_links RENAME TO links_of_items")
     try:
