@@ -86,7 +86,7 @@ class SpanTable:
             **selection.parameters,
         }
         if self.projects is not None:
-            predicate += " AND SpanAttributes['dreadnode.project'] IN {projects:Array(String)}"
+            predicate += " AND project_name IN {projects:Array(String)}"
             parameters["projects"] = list(self.projects)
         sql = Template(_read("spans.sql")).substitute(selection=predicate, whole=selection.whole)
         return sql, parameters

@@ -208,9 +208,7 @@ def check_platform(connection: Connection) -> None:
 
 def _know_projects(connection: Connection, project: str | None) -> list[str]:
     connection.execute(_read("known_projects.sql"), {"project": project})
-    names = [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
-    # A span may spell the UUID in capitals.
-    return names if project is None else [*names, project.upper()]
+    return [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
 
 
 def _merge(

@@ -101,7 +101,11 @@ def test_a_rejected_envelope_is_no_failure(world: World) -> None:
 
 def test_projects_get_runs_of_their_own(world: World) -> None:
     world.add_project("other", name_id("other"))
-    world.add(span("one"), span("two", project="other"), span("three", project="unknown"))
+    world.add(
+        span("one", project=str(PROJECT)[:18] + str(PROJECT)[18:].upper()),
+        span("two", project="other"),
+        span("three", project="unknown"),
+    )
     assert [config["project"] for config in configs(tick(world))] == sorted(
         [str(PROJECT), str(name_id("other"))]
     )

@@ -176,6 +176,26 @@ def test_a_slug_names_a_project_in_spans(world: World) -> None:
     assert world.rebuild().processed == 2
 
 
+def test_a_project_uuid_may_be_spelled_in_small_and_capital_letters(world: World) -> None:
+    mixed = str(PROJECT)[:18] + str(PROJECT)[18:].upper()
+    world.add(Span([envelope("one")], project=mixed))
+    assert world.rebuild().processed == 1
+    assert world.rebuild_day().processed == 1
+
+
+@pytest.mark.parametrize("slug", ["ABCDEF" * 5 + "AB", str(name_id("no project")).upper()])
+def test_a_slug_in_capitals_that_looks_like_a_uuid_names_its_project(
+    world: World, slug: str
+) -> None:
+    world.add_project(slug, OTHER)
+    world.add(Span([envelope("one")], project=slug))
+    assert world.rebuild(project=slug).processed == 1
+    assert world.rebuild_day().processed == 1
+    world.add_project(slug.lower(), name_id("a third"))
+    assert world.rebuild(project=slug).processed == 0
+    assert world.rebuild_day().spans_of_unknown_projects == 1
+
+
 def test_a_slug_that_two_projects_share_names_neither(world: World) -> None:
     world.add_project("webapp", OTHER, workspace=("blue", name_id("blue")))
     world.add(Span([envelope("one")], project="webapp"))
