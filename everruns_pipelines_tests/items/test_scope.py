@@ -55,8 +55,15 @@ def test_a_session_that_is_no_uuid_is_refused(world: World, session: str) -> Non
     assert error["errors"][0]["loc"] == ["session_id"]
 
 
+@pytest.mark.parametrize("run", ["", "a\0b", "a\udcff"])
+def test_a_run_that_no_span_can_name_is_refused(world: World, run: str) -> None:
+    error = _error(world, run_ids=("sound", run))
+    assert error["code"] == "validation_error"
+    assert [field["loc"] for field in error["errors"]] == [["run_ids", "1"]]
+
+
 @pytest.mark.parametrize("which", ["organization", "workspace", "project"])
-@pytest.mark.parametrize("name", ["unknown", str(OTHER), "", "a\0b"])
+@pytest.mark.parametrize("name", ["unknown", str(OTHER), "", "a\0b", "a\udcff"])
 def test_an_unknown_scope_is_refused(world: World, which: str, name: str) -> None:
     error = _error(world, **{which: name})
     assert error["code"] == "not_found_error"
