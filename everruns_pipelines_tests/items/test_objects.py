@@ -132,6 +132,32 @@ def test_an_offloaded_envelope_of_another_session_is_judged_once_it_is_read(
     assert world.items().keys() == {key("mine")}
 
 
+def test_a_path_that_cannot_be_followed_does_not_stop_the_rebuild(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "directory").mkdir()
+    paths = ("loop", "loop/x", "directory", "x" * 5000)
+    world.add(
+        Span([envelope("one")]),
+        Span(objects=[_offloaded(path, f"file://{tmp_path}/{path}") for path in paths], name="x"),
+    )
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.processed, done.offloaded) == (1, len(paths))
+    assert all(row["detail"] for row in world.rejections())
+
+
+def test_a_store_that_cannot_be_reached_does_not_stop_the_rebuild(world: World) -> None:
+    world.add(
+        Span([envelope("one")]),
+        Span(objects=[_offloaded("two", "ftp://127.0.0.1:1/x/two")], name="x"),
+    )
+    done = _at(world, "ftp://127.0.0.1:1/x").rebuild()
+    assert (done.processed, done.offloaded) == (1, 1)
+    [rejection] = world.rejections()
+    assert rejection["detail"] == "the object cannot be read (ConnectionRefusedError)"
+
+
 def test_a_store_without_its_library_is_refused(world: World) -> None:
     with pytest.raises(Refusal, match="EVERRUNS_OBJECT_STORE_URL"):
         _at(world, "nosuch://bucket").rebuild()
