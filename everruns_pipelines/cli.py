@@ -28,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit status."""
-    options = argparse.Namespace(rendered=Refusal.as_problem_details)
+    # Not an option's default: what cannot be parsed is refused in the same form.
+    is_of_items = list(arguments[:1]) == ["rebuild"]
     try:
-        _parser().parse_args(arguments, options)
+        options = _parser().parse_args(arguments)
         result = options.command(options, Settings.from_environment())
     except SettingsError as error:
         return _tell(str(error), _REFUSED)
     except Refusal as refusal:
-        _print(options.rendered(refusal))
+        _print(refusal.as_items_error() if is_of_items else refusal.as_problem_details())
         return _tell(refusal.detail, _REFUSED)
     except RunFailure as failure:
         return _tell(str(failure), _FAILED)
@@ -94,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--org-id", type=int, help="one organization; all if not given")
     project.add_argument("--max-rows", type=int, help="until nothing is due if not given")
     rebuild = command("rebuild", _rebuild, "bring items back to what their spans say")
-    rebuild.set_defaults(rendered=Refusal.as_items_error)
     rebuild.add_argument("--organization", required=True, help="slug or UUID")
     rebuild.add_argument("--workspace", required=True, help="slug or UUID")
     rebuild.add_argument("--project", required=True, help="slug or UUID")

@@ -5,10 +5,12 @@ Nothing else in the package reads `os.environ` for configuration.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +60,28 @@ def _postgres_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _clickhouse_dsn(value: SecretStr) -> SecretStr:
+    """A piece of a password that is not encoded would be taken for a host, and hosts are told."""
+    dsn = value.get_secret_value()
+    if dsn.startswith("chdb://"):
+        return value
+    try:
+        parts = urlsplit(dsn)
+        has_port = parts.port != 0  # raises if it is no port
+    except ValueError:
+        raise ValueError("not such a URL") from None
+    if not (
+        has_port
+        and dsn.isprintable()
+        and not {"?", "#"} & set(dsn)
+        and parts.netloc.count("@") <= 1
+        and re.fullmatch(r"[\w.:-]+", parts.hostname or "")
+        and re.fullmatch(r"(/[^/@]*)?", parts.path)
+    ):
+        raise ValueError("not such a URL")
+    return value
+
+
 def _directory(value: Path) -> Path:
     existing = next(path for path in (value, *value.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -94,6 +118,11 @@ def _not_in_the_future(value: date) -> date:
 _PostgresUrl = Annotated[
     SecretStr, _with_scheme("postgresql", "postgres"), AfterValidator(_postgres_url)
 ]
+_ClickHouseDsn = Annotated[
+    SecretStr,
+    _with_scheme("clickhouse", "clickhouses", "chdb"),
+    AfterValidator(_clickhouse_dsn),
+]
 
 
 class Settings(BaseModel):
@@ -104,9 +133,9 @@ class Settings(BaseModel):
     postgres_url: _PostgresUrl | None = Field(
         None, alias="EVERRUNS_POSTGRES_URL", description=_POSTGRES_URL
     )
-    clickhouse_dsn: (
-        Annotated[SecretStr, _with_scheme("clickhouse", "clickhouses", "chdb")] | None
-    ) = Field(None, alias="EVERRUNS_CLICKHOUSE_DSN", description=_CLICKHOUSE_DSN)
+    clickhouse_dsn: _ClickHouseDsn | None = Field(
+        None, alias="EVERRUNS_CLICKHOUSE_DSN", description=_CLICKHOUSE_DSN
+    )
     object_store_url: str | None = Field(
         None,
         alias="EVERRUNS_OBJECT_STORE_URL",

@@ -1,6 +1,6 @@
 """The chDB engine behind a loopback socket, with as much of ClickHouse's protocol as is needed.
 
-Faults are injected into the answers to queries that read spans, one per answer, in order.
+Faults are injected into the answers to queries that hold a certain text, one per answer, in order.
 """
 
 import threading
@@ -15,11 +15,14 @@ from everruns_pipelines.clickhouse import ClickHouseResource
 
 Fault = Literal["hang up", "stall", "cut", "error", "error in the middle", "no length"]
 
-_READS_SPANS = "dreadnode.outputs"
+READS_SPANS = "dreadnode.outputs"
 
 
 class HttpEngine(ThreadingHTTPServer):
-    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked."""
+    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked.
+
+    Faults hit the queries that hold the text `faulty`.
+    """
 
     daemon_threads = True
 
@@ -27,6 +30,7 @@ class HttpEngine(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.clickhouse = clickhouse
         self.faults: list[Fault] = []
+        self.faulty = READS_SPANS
         self.queries: list[str] = []
         self.done = threading.Event()
 
@@ -70,13 +74,14 @@ class _Handler(BaseHTTPRequestHandler):
         query = sent.get("query") or body.decode()
         self.engine.queries.append(query)
         fault = None
-        if _READS_SPANS in query and self.engine.faults:
+        if self.engine.faulty in query and self.engine.faults:
             fault = self.engine.faults.pop(0)
         if fault == "hang up":
             self.close_connection = True
             return
         bound = {name: value for name, value in sent.items() if name.startswith("param_")}
-        if fault == "error":
+        waits = sent.get("wait_end_of_query") == "1"
+        if fault == "error" or (fault == "error in the middle" and waits):
             self._refuse(b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)")
             return
         try:

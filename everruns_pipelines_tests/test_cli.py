@@ -12,6 +12,7 @@ from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import World, rows, value, versions
 
 DONE, FAILED, REFUSED = 0, 1, 2
+_SCOPE = ("--organization", "o", "--workspace", "w", "--project", "p")
 
 
 class Terminal:
@@ -131,6 +132,31 @@ def test_a_request_that_is_wrong_in_itself_is_refused_before_any_database_is_ask
 
     assert (status, problem["code"]) == (REFUSED, "validation_error")
     assert problem["detail"].startswith(detail)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "detail"),
+    [
+        ((), "validation_error", "the following arguments are required: --organization"),
+        (("--bogus",), "validation_error", "the following arguments are required"),
+        ((*_SCOPE, "--bogus"), "validation_error", "unrecognized arguments: --bogus"),
+        ((*_SCOPE, "--session-id"), "validation_error", "argument --session-id"),
+        (_SCOPE, "validation_error", "Name a session"),
+        ((*_SCOPE, "--session-id", "x"), "validation_error", "session_id must be a UUID"),
+        ((*_SCOPE, "--run-id", "x"), "not_found_error", "No such organization"),
+    ],
+)
+def test_a_refusal_of_rebuild_is_printed_as_the_items_api_prints_errors(
+    terminal: Terminal, arguments: tuple[str, ...], code: str, detail: str
+) -> None:
+    exit_status, error = terminal.run("rebuild", *arguments)
+
+    assert exit_status == REFUSED
+    assert error.keys() == {"code", "detail", "type", "errors"}
+    assert (error["code"], error["type"]) == (code, code)
+    assert error["detail"].startswith(detail)
+    assert all(field.keys() == {"loc", "msg", "type"} for field in error["errors"])
+    assert error["detail"] in terminal.errors
 
 
 def test_a_database_that_is_not_there_is_refused_without_the_password(

@@ -1,5 +1,6 @@
 """The directory of chDB that one process may have at a time, and what a server can do wrong."""
 
+import base64
 import socket
 import subprocess
 import sys
@@ -118,6 +119,15 @@ def test_a_directory_of_the_users_is_not_written(directory: Path) -> None:
         assert clickhouse.rows("SHOW TABLES", {}) == []
 
 
+def test_rows_end_at_a_newline_alone(directory: Path) -> None:
+    odd = "a\u0085b\u2028c\u2029d\x0b\x0c\x1c\r"
+    with _resource(directory).connect() as clickhouse:
+        query = "SELECT {odd:String}, number FROM numbers(2)"
+        assert clickhouse.rows(query, {"odd": odd}) == [[odd, "0"], [odd, "1"]]
+        assert clickhouse.rows("SELECT 1 WHERE 0", {}) == []
+        assert clickhouse.rows("SELECT ''", {}) == [[""]]
+
+
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -126,6 +136,43 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ClickHouseFailure) as raised, ClickHouseResource(settings).connect():
             pass
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("scheme", "is_tls"), [("clickhouses", True), ("clickhouse", False)])
+def test_credentials_go_over_tls_where_the_scheme_says_so(scheme: str, is_tls: bool) -> None:
+    heard: list[bytes] = []
+
+    def listen(listener: socket.socket) -> None:
+        # The driver tries once more.
+        for _ in range(2):
+            caller, _ = listener.accept()
+            with caller:
+                heard.append(caller.recv(1 << 16))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen, args=[listener], daemon=True)
+        thread.start()
+        dsn = f"{scheme}://user:hunter2@127.0.0.1:{listener.getsockname()[1]}/default"
+        settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": dsn})
+        with pytest.raises(ClickHouseFailure), ClickHouseResource(settings).connect():
+            pass
+        thread.join(10)
+    credentials = base64.b64encode(b"user:hunter2")
+    assert heard
+    for said in heard:
+        assert said.startswith(b"\x16") == is_tls  # a TLS handshake
+        assert (credentials in said) != is_tls
+
+
+def test_a_server_over_tls_is_expected_at_its_own_port() -> None:
+    settings = Settings.from_environment(
+        {"EVERRUNS_CLICKHOUSE_DSN": "clickhouses://user:secret@127.0.0.1/default"}
+    )
+    with (
+        pytest.raises(ClickHouseFailure, match="8443"),
+        ClickHouseResource(settings).connect(),
+    ):
+        pass
 
 
 def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

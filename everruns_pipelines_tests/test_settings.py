@@ -31,7 +31,28 @@ WRONG = {
     (
         "EVERRUNS_CLICKHOUSE_DSN",
         "clickhouse[s]://user:password@host:port/database, or chdb:///path",
-    ): ("secret", "http://user:secret@host", "clickhouse://"),
+    ): (
+        "secret",
+        "http://user:secret@host",
+        "clickhouse://",
+        "clickhouse://user:secret@",
+        "clickhouse://user:secret@:8123/db",
+        "clickhouse://user:sec@ret@host/db",
+        "clickhouse://user:sec/ret@host/db",
+        "clickhouse://user:12/secret@host/db",
+        "clickhouse://user:sec#ret@host/db",
+        "clickhouse://user:12#secret@host/db",
+        "clickhouse://user:sec?ret@host/db",
+        "clickhouse://user:sec[ret@host/db",
+        "clickhouses://user:secret@host:port/db",
+        "clickhouses://user:secret@host:0/db",
+        "clickhouses://user:secret@host:99999/db",
+        "clickhouse://user:secret@ho st/db",
+        "clickhouse://user:secret@host/db\n",
+        "clickhouse://user:secret@host/db/more",
+        "clickhouse://host/db?password=secret",
+        "clickhouse://host/db#secret",
+    ),
     ("EVERRUNS_OBJECT_STORE_URL", "a URL prefix such as s3://bucket/prefix"): (
         "secret",
         "/secret/path",
@@ -149,6 +170,24 @@ def test_a_server_may_have_several_hosts_and_be_named_in_any_way_libpq_knows(
         for named in (settings.postgres_url, settings.dagster_postgres_url)
         if named is not None
     )
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "clickhouse://host",
+        "clickhouse://host/",
+        "clickhouses://u:p%40s%2Fs%23%3F@host.example.org:9440/my-db",
+        "clickhouse://u:p:q@[::1]:8123/db",
+        "clickhouse://under_score/db",
+        "chdb:///data/x",
+    ],
+)
+def test_every_form_of_the_clickhouse_dsn_is_taken_as_it_is(dsn: str) -> None:
+    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": dsn})
+
+    assert settings.clickhouse_dsn is not None
+    assert settings.clickhouse_dsn.get_secret_value() == dsn
 
 
 def test_an_empty_variable_counts_as_unset() -> None:

@@ -7,17 +7,18 @@ is sound is judged by PostgreSQL, one value at a time, so that its neighbours li
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 from uuid import UUID
 
 # PostgreSQL's parser recurses; so deep no item is meant to be.
 _MAX_DEPTH = 1000
 
-# A string as a whole, cut or not; a character that gives JSON its structure; anything else.
+# A string as a whole, cut or not, or a character that gives JSON its structure.
 # Possessive: a string of megabytes leaves nothing to go back to.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},:]|[^\s\[\]{},:"]++', re.DOTALL)
+_STRING = rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'
+_MARKS = re.compile(_STRING + rb"|([\[\]{},])", re.DOTALL)
+_NAME = re.compile(rb"\s*+(" + _STRING + rb")\s*+:", re.DOTALL)
 
 _OPENING = {b"[", b"{"}
 _CLOSING = {b"]", b"}"}
@@ -41,54 +42,29 @@ class Found:
 
 def read_damaged(outputs: bytes, objects: bytes) -> Iterator[Found]:
     """What can be told of the items of a span whose outputs or objects are not valid JSON."""
-    whole, entries = _elements(outputs)
-    members = dict(_members(objects)) if entries else {}
-    for position, entry in enumerate(entries, start=1):
-        output = _loads(entry)
-        if isinstance(output, dict):
-            fields = cast("dict[str, Any]", output)
-            if fields.get("name") == "item":
-                yield _item(position, fields, members)
-        elif output is None and b"item" in entry:
+    hashes = {_text(output.get("hash")) for _, output in _item_outputs(outputs) if output}
+    held = _members(objects, hashes)
+    for position, output in _item_outputs(outputs):
+        if output is not None:
+            yield _item(position, output, held)
+        elif position > 0:
             yield Found(position, reason="unreadable_span", detail="an output cannot be read")
-    if not whole:
-        yield Found(
-            position=0,
-            reason="unreadable_span",
-            detail="dreadnode.outputs ends too early or is no array",
-        )
-
-
-def _item(position: int, output: dict[str, Any], members: dict[str, bytes]) -> Found:
-    attributes = output.get("attributes")
-    hint: Any = (
-        cast("dict[str, Any]", attributes).get("dedupe_key") if _is_object(attributes) else None
-    )
-    key_hint = _storable(hint)
-    item = members.get(str(output.get("hash")))
-    if item is None:
-        return Found(
-            position, key_hint, reason="object_missing", detail="no such object, or it is cut"
-        )
-    parts = dict(_members(item))
-    kind = _loads(parts.get("type", b"null"))
-    if kind == "uri":
-        uri = _loads(parts.get("uri", b"null"))
-        return Found(position, key_hint, uri=_storable(uri), reason="offloaded")
-    value = parts.get("value")
-    if value is None:
-        return Found(position, key_hint, reason="object_missing", detail="the object has no value")
-    return read_envelope(position, key_hint, value)
+        else:
+            yield Found(
+                position,
+                reason="unreadable_span",
+                detail="dreadnode.outputs ends too early or is no array",
+            )
 
 
 def read_envelope(position: int, key_hint: str | None, value: bytes) -> Found:
     """An envelope's text, or why PostgreSQL cannot even be asked about it."""
-    if _depth(value) > _MAX_DEPTH:
-        return Found(position, key_hint, reason="too_deep", detail=f"more than {_MAX_DEPTH} levels")
-    envelope = _loads(value)
-    fields = cast("dict[str, Any]", envelope) if _is_object(envelope) else {}
-    key_hint = key_hint or _storable(fields.get("dedupe_key"))
+    fields = _members(value, {"dedupe_key", "session_id"})
+    key_hint = key_hint or _text(fields.get("dedupe_key"))
     session_hint = _session(fields.get("session_id"))
+    if _is_too_deep(value):
+        detail = f"more than {_MAX_DEPTH} levels"
+        return Found(position, key_hint, session_hint, reason="too_deep", detail=detail)
     try:
         text = value.decode()
     except UnicodeDecodeError:
@@ -100,90 +76,111 @@ def read_envelope(position: int, key_hint: str | None, value: bytes) -> Found:
     return Found(position, key_hint, session_hint, value=text)
 
 
-def _elements(text: bytes) -> tuple[bool, list[bytes]]:
-    """Whether an array is whole, and the elements of it that are."""
-    parts, whole = _split(text, b"[")
-    return whole, [text[start:end] for start, end in parts]
+def _item_outputs(outputs: bytes) -> Iterator[tuple[int, dict[str, bytes] | None]]:
+    """Position and members of each output named item.
 
-
-def _members(text: bytes) -> Iterator[tuple[str, bytes]]:
-    """The members of an object that are whole."""
-    parts, _ = _split(text, b"{")
-    for start, end in parts:
-        key = _TOKEN.match(text, start)
-        if key is None or not key.group().startswith(b'"'):
+    None stands for an output that cannot be read, and at position 0 for the end that is missing.
+    """
+    for position, part in enumerate(_parts(outputs, b"["), start=1):
+        if part is None:
+            yield 0, None
             continue
-        colon = _TOKEN.search(text, key.end())
-        name = _loads(key.group())
-        if colon is not None and colon.group() == b":" and isinstance(name, str):
-            yield name, text[colon.end() : end].strip()
+        entry = outputs[part]
+        # Most are told apart without a closer look.
+        if b"item" not in entry and b"\\u" not in entry:
+            continue
+        output = _members(entry, {"name", "hash", "attributes"})
+        name = _text(output.get("name"))
+        if name == "item":
+            yield position, output
+        elif name is None and b"item" in entry and not _is_json(entry):
+            yield position, None
 
 
-def _split(text: bytes, opening: bytes) -> tuple[list[tuple[int, int]], bool]:
-    """Where the parts between the commas of a list or object lie, and whether it ends.
+def _item(position: int, output: Mapping[str, bytes], held: Mapping[str, bytes]) -> Found:
+    attributes = _members(output.get("attributes", b""), {"dedupe_key"})
+    key_hint = _text(attributes.get("dedupe_key"))
+    item = held.get(_text(output.get("hash")) or "")
+    if item is None:
+        return Found(
+            position, key_hint, reason="object_missing", detail="no such object, or it is cut"
+        )
+    parts = _members(item, {"type", "uri", "value"})
+    if _text(parts.get("type")) == "uri":
+        return Found(position, key_hint, uri=_text(parts.get("uri")), reason="offloaded")
+    value = parts.get("value")
+    if value is None:
+        return Found(position, key_hint, reason="object_missing", detail="the object has no value")
+    return read_envelope(position, key_hint, value)
+
+
+def _members(text: bytes, names: Collection[str | None]) -> dict[str, bytes]:
+    """Those members of an object that have one of the names and are whole."""
+    members: dict[str, bytes] = {}
+    for part in _parts(text, b"{"):
+        named = part and _NAME.match(text, part.start, part.stop)
+        name = _text(named[1]) if named else None
+        if part and named and name is not None and name in names:
+            members[name] = text[named.end() : part.stop].strip()
+    return members
+
+
+def _parts(text: bytes, opening: bytes) -> Iterator[slice | None]:
+    """What lies between the commas of a list or object; None if its end is missing.
 
     A last part that no comma and no bracket ends is cut, and left out.
     """
-    parts: list[tuple[int, int]] = []
-    start: int | None = None
-    depth = 0
-    end = 0
-    for token in _TOKEN.finditer(text):
-        mark = token.group() if token.end() - token.start() == 1 else b""
+    start = depth = 0
+    for token in _MARKS.finditer(text):
+        mark = token[1]
         if depth == 0:
-            if mark != opening:
+            if mark != opening or text[: token.start()].strip():
                 break
             depth = 1
-            continue
-        if depth == 1 and (mark == b"," or mark in _CLOSING):
-            if start is not None:
-                parts.append((start, end))
-            start = None
+            start = token.end()
+        elif depth == 1 and (mark == b"," or mark in _CLOSING):
+            yield slice(start, token.start())
             if mark in _CLOSING:
-                return parts, True
-            continue
-        if start is None:
-            start = token.start()
-        depth += (mark in _OPENING) - (mark in _CLOSING)
-        end = token.end()
-    return parts, False
+                return
+            start = token.end()
+        else:
+            depth += (mark in _OPENING) - (mark in _CLOSING)
+    yield None
 
 
-def _depth(text: bytes) -> int:
-    depth = deepest = 0
-    for token in _TOKEN.finditer(text):
-        mark = token.group() if token.end() - token.start() == 1 else b""
-        depth += (mark in _OPENING) - (mark in _CLOSING)
-        deepest = max(deepest, depth)
-    return deepest
+def _is_too_deep(text: bytes) -> bool:
+    depth = 0
+    for token in _MARKS.finditer(text):
+        depth += (token[1] in _OPENING) - (token[1] in _CLOSING)
+        if depth > _MAX_DEPTH:
+            return True
+    return False
 
 
-def _loads(text: bytes) -> Any:
-    """A value as Python reads it, which takes NaN and lone surrogates; None for anything else."""
+def _is_json(text: bytes) -> bool:
     try:
-        return json.loads(text)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return False
+    return True
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _storable(value: Any) -> str | None:
-    """A string that PostgreSQL can hold."""
-    if not isinstance(value, str) or "\0" in value:
+def _text(value: bytes | None) -> str | None:
+    """A string that PostgreSQL can hold; None for any other value."""
+    if value is None or not value.startswith(b'"'):
         return None
     try:
-        value.encode()
-    except UnicodeEncodeError:
+        text: str = json.loads(value)
+        text.encode()
+    except ValueError:
         return None
-    return value
+    return None if "\0" in text else text
 
 
-def _session(value: Any) -> str | None:
+def _session(value: bytes | None) -> str | None:
     """A session that is a UUID. Another one is not needed: it is nobody's scope."""
+    text = _text(value)
     try:
-        return str(UUID(value)) if isinstance(value, str) else None
+        return None if text is None else str(UUID(text))
     except ValueError:
         return None

@@ -1,5 +1,7 @@
 -- PostgreSQL: judge every envelope by the contract's structure and limits, nothing else.
 -- `found` is readable.sql or values.sql. A value that is no object is no envelope and is ignored.
+-- Only strings are asked for their text: that of 1e131071 is 131,072 digits long, and of a short
+-- list of such numbers more than PostgreSQL can hold.
 INSERT INTO candidates (
     span, position, state, reason, detail, organization_id, project_id, dedupe_key, ended_ns, uri,
     item_type, title, ref, session_id, trace_id, span_id, capability, capability_version,
@@ -19,42 +21,46 @@ SELECT
     found.organization_id,
     found.project_id,
     CASE
-        WHEN key.is_sound THEN found.value ->> 'dedupe_key'
+        -- What was fetched may be another item: whose it should be, the span says.
+        WHEN key.is_sound AND NOT found.fetched THEN found.value ->> 'dedupe_key'
         WHEN char_length(found.key_hint) BETWEEN 1 AND 64 THEN found.key_hint
     END,
     found.ended_ns,
     found.uri,
-    found.value ->> 'item_type',
-    found.value ->> 'title',
-    nullif(found.value ->> 'ref', ''),
+    sound.value ->> 'item_type',
+    sound.value ->> 'title',
+    nullif(sound.value ->> 'ref', ''),
     session.id,
-    coalesce(found.value ->> 'trace_id', found.trace_id),
-    coalesce(found.value ->> 'span_id', found.span_id),
-    found.value ->> 'capability',
-    found.value ->> 'capability_version',
-    found.value ->> 'schema_ref',
+    coalesce(sound.value ->> 'trace_id', found.trace_id),
+    coalesce(sound.value ->> 'span_id', found.span_id),
+    sound.value ->> 'capability',
+    sound.value ->> 'capability_version',
+    sound.value ->> 'schema_ref',
     CASE
-        WHEN status.known IS NOT NULL OR found.value ->> 'notes' <> ''
-            THEN jsonb_build_object('status', status.known, 'notes', found.value ->> 'notes')
+        WHEN status.known IS NOT NULL OR sound.value ->> 'notes' <> ''
+            THEN jsonb_build_object('status', status.known, 'notes', sound.value ->> 'notes')
     END,
-    CASE WHEN jsonb_typeof(found.value -> 'links') = 'array' THEN found.value -> 'links' END,
+    CASE WHEN jsonb_typeof(sound.value -> 'links') = 'array' THEN sound.value -> 'links' END,
     CASE
-        WHEN verdict.flaw IS NOT NULL THEN NULL
         -- As the SDK does before its POST: the raw session goes into the metadata.
-        WHEN session.raw IS NULL OR session.id IS NOT NULL THEN found.value -> 'data'
-        WHEN jsonb_typeof(found.value -> 'data' -> 'metadata') = 'object'
+        WHEN session.raw IS NULL OR session.id IS NOT NULL THEN sound.value -> 'data'
+        WHEN jsonb_typeof(sound.value -> 'data' -> 'metadata') = 'object'
             THEN jsonb_set(
-                found.value -> 'data', '{{metadata,session_ref}}', to_jsonb(session.raw)
+                sound.value -> 'data', '{{metadata,session_ref}}', to_jsonb(session.raw)
             )
-        WHEN NOT found.value -> 'data' ? 'metadata'
-            THEN (found.value -> 'data')
+        WHEN NOT sound.value -> 'data' ? 'metadata'
+            THEN (sound.value -> 'data')
             || jsonb_build_object('metadata', jsonb_build_object('session_ref', session.raw))
-        ELSE found.value -> 'data'
+        ELSE sound.value -> 'data'
     END
 FROM ({found}) AS found
 CROSS JOIN LATERAL (
     SELECT
-        coalesce(found.value ->> 'session_id', found.session_hint) AS raw
+        CASE
+            WHEN jsonb_typeof(found.value -> 'session_id') = 'string'
+                THEN found.value ->> 'session_id'
+            ELSE found.session_hint
+        END AS raw
 ) AS named
 -- A UUID as Python's `UUID` reads one, which is what the SDK asks: also in spellings that
 -- PostgreSQL does not know.
@@ -74,12 +80,6 @@ CROSS JOIN LATERAL (
     ) AS bare
     OFFSET 0
 ) AS session
-CROSS JOIN LATERAL (
-    SELECT CASE
-        WHEN found.value ->> 'status' IN ('open', 'triaged', 'verified', 'resolved', 'dismissed')
-            THEN found.value ->> 'status'
-    END AS known
-) AS status
 CROSS JOIN LATERAL (
     SELECT
         jsonb_typeof(found.value -> 'dedupe_key') = 'string'
@@ -124,4 +124,13 @@ CROSS JOIN LATERAL (
     END AS flaw
     OFFSET 0
 ) AS verdict
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN verdict.flaw IS NULL THEN found.value END AS value
+) AS sound
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN sound.value ->> 'status' IN ('open', 'triaged', 'verified', 'resolved', 'dismissed')
+            THEN sound.value ->> 'status'
+    END AS known
+) AS status
 WHERE found.reason IS NOT NULL OR jsonb_typeof(found.value) = 'object'

@@ -1,5 +1,8 @@
 -- PostgreSQL: the links that the items of a batch name, and what is to happen to each.
--- A dry run has not inserted anything: what it would insert counts as there.
+-- A dry run has not inserted anything: what it would insert counts as there. Otherwise what is not
+-- there was deleted since.
+-- A relationship of more than 2,600 bytes is none: with its items' ids it may exceed the 2,704 that
+-- an index holds in one entry, and `item_links` is unique on all three.
 WITH named AS (
     SELECT
         link.position,
@@ -7,14 +10,16 @@ WITH named AS (
         chosen.dedupe_key AS source_key,
         source.id AS source_id,
         CASE
-            WHEN jsonb_typeof(link.value -> 'relationship') = 'string'
-                THEN nullif(link.value ->> 'relationship', '')
+            WHEN jsonb_typeof(link.value -> 'relationship') <> 'string' THEN NULL
+            WHEN octet_length(link.value ->> 'relationship') BETWEEN 1 AND 2600
+                THEN link.value ->> 'relationship'
         END AS relationship,
         CASE
             WHEN jsonb_typeof(link.value -> 'target_ref') = 'string'
                 THEN nullif(link.value ->> 'target_ref', '')
         END AS target_ref,
         CASE
+            WHEN jsonb_typeof(link.value -> 'target_item_id') <> 'string' THEN NULL
             WHEN pg_input_is_valid(link.value ->> 'target_item_id', 'uuid')
                 THEN (link.value ->> 'target_item_id')::uuid
         END AS target_id
@@ -33,16 +38,40 @@ WITH named AS (
 resolved AS (
     SELECT
         named.*,
-        coalesce(by_id.id, by_ref.id) AS found_id,
+        found.id AS found_id,
         -- Which item the target is, also when it has no id yet.
-        coalesce(by_id.id::text, by_ref.id::text, 'key:' || to_come.dedupe_key) AS target
+        CASE WHEN named.source_id IS NOT NULL OR %(dry_run)s
+            THEN coalesce(found.id::text, 'key:' || to_come.dedupe_key)
+        END AS target
     FROM named
     LEFT JOIN items AS by_id
         ON by_id.id = named.target_id AND by_id.project_id = named.project_id
     LEFT JOIN items AS by_ref
         ON by_ref.project_id = named.project_id AND by_ref.ref = named.target_ref
+    -- In a dry run a ref is whose it would be: an item's that would get it, else no longer the
+    -- item's that has it and would get another.
     LEFT JOIN chosen AS to_come
-        ON to_come.project_id = named.project_id AND to_come.ref = named.target_ref
+        ON %(dry_run)s
+        AND to_come.project_id = named.project_id
+        AND to_come.ref = named.target_ref
+    LEFT JOIN items AS there
+        ON %(dry_run)s
+        AND there.project_id = to_come.project_id
+        AND there.dedupe_key = to_come.dedupe_key
+    LEFT JOIN chosen AS given
+        ON %(dry_run)s
+        AND given.project_id = by_ref.project_id
+        AND given.dedupe_key = by_ref.dedupe_key
+        AND given.ref IS DISTINCT FROM by_ref.ref
+    CROSS JOIN LATERAL (
+        SELECT coalesce(
+            by_id.id,
+            CASE
+                WHEN to_come.candidate IS NOT NULL THEN there.id
+                WHEN given.candidate IS NULL THEN by_ref.id
+            END
+        ) AS id
+    ) AS found
 ),
 
 told_apart AS (

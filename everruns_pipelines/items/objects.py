@@ -22,7 +22,8 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9._~+=@-]+(/[A-Za-z0-9._~+=@-]+)*")
 
 
 class _FileSystem(Protocol):
-    protocol: str | tuple[str, ...]
+    @property
+    def protocol(self) -> str | tuple[str, ...]: ...
 
     def cat_ranges(
         self,
@@ -32,6 +33,17 @@ class _FileSystem(Protocol):
         max_gap: int | None = None,
         on_error: str = "return",
     ) -> list[bytes | Exception]: ...
+
+
+@dataclass(frozen=True)
+class _Unreachable:
+    """A store that we cannot even connect to: that is told of each of its objects."""
+
+    error: OSError
+    protocol: str = ""
+
+    def cat_ranges(self, paths: list[str], *_: Any, **__: Any) -> list[bytes | Exception]:
+        return [self.error for _ in paths]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ class ObjectStore:
             raise Refusal(
                 f"EVERRUNS_OBJECT_STORE_URL cannot be used: {error}", code="unavailable", status=503
             ) from None
+        except OSError as error:
+            filesystem, root = _Unreachable(error), ""
         return cls(url.rstrip("/") + "/", root, filesystem)
 
     def objection(self, uri: str, others: Collection[str]) -> str | None:
@@ -76,9 +90,13 @@ class ObjectStore:
             return "the uri is no plain path"
         if {part.lower() for part in parts} & set(others):
             return "the uri lies in another organization or workspace"
-        if "file" in self.filesystem.protocol and not self._is_inside(path):
-            return "the uri leads out of EVERRUNS_OBJECT_STORE_URL"
-        return None
+        if "file" not in self.filesystem.protocol:
+            return None
+        try:
+            is_inside = self._is_inside(path)
+        except (OSError, RuntimeError):  # links that lead in a circle
+            return "the uri leads nowhere"
+        return None if is_inside else "the uri leads out of EVERRUNS_OBJECT_STORE_URL"
 
     def fetch(self, uris: Sequence[str]) -> list[bytes | str]:
         """The objects of at most `OBJECTS_AT_ONCE` uris, or in few words why there is none."""

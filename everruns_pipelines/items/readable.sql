@@ -8,12 +8,15 @@ SELECT
     project.project_id,
     project.organization_id,
     output.position::integer AS position,
-    output.value -> 'attributes' ->> 'dedupe_key' AS key_hint,
+    CASE
+        WHEN jsonb_typeof(output.value -> 'attributes' -> 'dedupe_key') = 'string'
+            THEN output.value -> 'attributes' ->> 'dedupe_key'
+    END AS key_hint,
     NULL AS session_hint,
     false AS fetched,
     object.uri,
     CASE
-        WHEN object.kind = 'uri' THEN 'offloaded'
+        WHEN object.is_offloaded THEN 'offloaded'
         WHEN object.value IS NULL THEN 'object_missing'
     END AS reason,
     NULL AS detail,
@@ -30,17 +33,29 @@ CROSS JOIN LATERAL jsonb_array_elements(
 ) WITH ORDINALITY AS output (value, position)
 LEFT JOIN LATERAL (
     SELECT
-        kept.kind,
-        CASE WHEN kept.kind = 'uri' THEN parsed.objects #>> ARRAY[kept.hash, 'uri'] END AS uri,
-        CASE WHEN kept.kind IS DISTINCT FROM 'uri' THEN parsed.objects #> ARRAY[kept.hash, 'value']
+        kept.is_offloaded,
+        CASE
+            WHEN
+                kept.is_offloaded
+                AND jsonb_typeof(parsed.objects #> ARRAY[kept.hash, 'uri']) = 'string'
+                THEN parsed.objects #>> ARRAY[kept.hash, 'uri']
+        END AS uri,
+        CASE
+            WHEN kept.is_offloaded IS NOT TRUE THEN parsed.objects #> ARRAY[kept.hash, 'value']
         END AS value
     FROM (
-        SELECT named.hash, parsed.objects #>> ARRAY[named.hash, 'type'] AS kind
-        FROM (SELECT output.value ->> 'hash' AS hash) AS named
+        SELECT
+            named.hash,
+            parsed.objects #> ARRAY[named.hash, 'type'] = '"uri"' AS is_offloaded
+        FROM (
+            SELECT CASE
+                WHEN jsonb_typeof(output.value -> 'hash') = 'string' THEN output.value ->> 'hash'
+            END AS hash
+        ) AS named
         -- In an array a path would count: objects are no array.
         WHERE jsonb_typeof(parsed.objects) = 'object'
         OFFSET 0
     ) AS kept
     OFFSET 0
 ) AS object ON true
-WHERE span.state = 'readable' AND output.value ->> 'name' = 'item'
+WHERE span.state = 'readable' AND output.value -> 'name' = '"item"'

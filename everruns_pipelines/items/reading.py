@@ -86,19 +86,30 @@ class SpanTable:
             **selection.parameters,
         }
         if self.projects is not None:
-            predicate += " AND SpanAttributes['dreadnode.project'] IN {projects:Array(String)}"
+            predicate += " AND project_name IN {projects:Array(String)}"
             parameters["projects"] = list(self.projects)
         sql = Template(_read("spans.sql")).substitute(selection=predicate, whole=selection.whole)
         return sql, parameters
 
     def of_session(self, session: UUID) -> Iterator[Selection]:
         """Spans of a session's traces; whole are those whose own session it is."""
-        text = str(session)
-        spellings = {"sessions": [text, text.upper(), session.hex]}
-        traces = self.clickhouse.rows(_read("traces.sql"), {**self._names, **spellings})
+        text, digits = str(session), session.hex
+        usual = [text, text.upper(), digits]
+        rare = [
+            digits.upper(),
+            *(f"{{{one}}}" for one in usual),
+            *(f"urn:uuid:{one}" for one in usual),
+        ]
+        # For each spelling the index lets one block of spans in a hundred pass that lacks it: rare
+        # ones are looked for only where no other is found.
+        traces = self._traces_of(usual) or self._traces_of(rare)
         whole = "SpanAttributes['dreadnode.session.id'] IN {sessions:Array(String)}"
-        for some in _groups((trace for (trace,) in traces), _TRACES_PER_QUERY):
-            yield self._of_traces(some, whole, spellings)
+        for some in _groups(traces, _TRACES_PER_QUERY):
+            yield self._of_traces(some, whole, {"sessions": [*usual, *rare]})
+
+    def _traces_of(self, sessions: Sequence[str]) -> list[str]:
+        rows = self.clickhouse.rows(_read("traces.sql"), {**self._names, "sessions": sessions})
+        return [trace for (trace,) in rows]
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:
         """Spans of runs, and of traces where a run id is a trace id."""

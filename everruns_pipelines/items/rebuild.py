@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.resources import files
 from itertools import count, islice
-from typing import LiteralString, cast
+from typing import LiteralString, TypeVar, cast
 
 import psycopg
 from psycopg import errors, sql
@@ -31,7 +31,14 @@ _VALUES_AT_ONCE = 4
 
 # Other writers of the platform may come between: then the batch is done again.
 _ATTEMPTS = 5
-_COLLISIONS = (errors.UniqueViolation, errors.DeadlockDetected, errors.SerializationFailure)
+_COLLISIONS = (
+    errors.UniqueViolation,
+    errors.ForeignKeyViolation,
+    errors.DeadlockDetected,
+    errors.SerializationFailure,
+)
+
+T = TypeVar("T")
 
 _PLATFORM_TABLES = ("item_organizations", "item_workspaces", "projects", "items", "item_links")
 
@@ -200,9 +207,7 @@ def check_platform(connection: Connection) -> None:
 
 def _know_projects(connection: Connection, project: str | None) -> list[str]:
     connection.execute(_read("known_projects.sql"), {"project": project})
-    names = [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
-    # A span may spell the UUID in capitals.
-    return names if project is None else [*names, project.upper()]
+    return [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
 
 
 def _merge(
@@ -365,15 +370,23 @@ def _batches(connection: Connection, number: int | None) -> list[_Batch]:
     return cursor.execute(_read("batches.sql"), {"size": BATCH_SIZE, "round": number}).fetchall()
 
 
-def _merge_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
-    """Write the items of one batch in one transaction; again if another writer came between."""
+def _undisturbed(action: Callable[[], T], look_again: Callable[[], object]) -> T:
+    """What a transaction returns; it is done again if another writer came between."""
     for _ in range(_ATTEMPTS - 1):
         try:
-            return _merge_batch_once(connection, batch, dry_run=dry_run)
+            return action()
         except _COLLISIONS:
-            # Whoever came between may hold a ref now.
-            connection.execute(_read("refs.sql"), {"round": batch.round})
-    return _merge_batch_once(connection, batch, dry_run=dry_run)
+            look_again()
+    return action()
+
+
+def _merge_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
+    """Write the items of one batch in one transaction."""
+    return _undisturbed(
+        lambda: _merge_batch_once(connection, batch, dry_run=dry_run),
+        # Whoever came between may hold a ref now.
+        lambda: connection.execute(_read("refs.sql"), {"round": batch.round}),
+    )
 
 
 def _merge_batch_once(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
@@ -392,9 +405,17 @@ def _merge_batch_once(connection: Connection, batch: _Batch, *, dry_run: bool) -
 
 def _link_batch(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
     """Write the links of one batch in one transaction."""
+    return _undisturbed(
+        lambda: _link_batch_once(connection, batch, dry_run=dry_run),
+        # The links are looked up in the transaction itself.
+        lambda: None,
+    )
+
+
+def _link_batch_once(connection: Connection, batch: _Batch, *, dry_run: bool) -> dict[str, int]:
     with connection.transaction():
         connection.execute("TRUNCATE planned_links")
-        connection.execute(_read("links.sql"), asdict(batch))
+        connection.execute(_read("links.sql"), {**asdict(batch), "dry_run": dry_run})
         planned = _tally(connection, "SELECT state, count(*) FROM planned_links GROUP BY state")
         if not dry_run and "create" in planned:
             planned["create"] = connection.execute(_read("create_links.sql")).rowcount

@@ -4,7 +4,10 @@ DELETE FROM staged_spans USING (
         span.id,
         row_number() OVER (
             PARTITION BY project, trace_id, span_id
-            ORDER BY whole DESC, state = 'readable' DESC, ended_ns, md5(outputs), md5(objects)
+            ORDER BY
+                whole DESC, state = 'readable' DESC, ended_ns,
+                -- Of damaged ones the longer: the other may be cut.
+                octet_length(outputs) + octet_length(objects) DESC, md5(outputs), md5(objects)
         ) AS number
     FROM staged_spans AS span
     JOIN (

@@ -12,7 +12,8 @@ SELECT
 FROM (
     SELECT
         lower(TraceId) AS trace_id,
-        if(isNull(toUUIDOrNull(name)), name, lower(name)) AS project_name,
+        -- As in known_projects.sql.
+        if(match(name, '^[0-9A-Fa-f-]{32,36}$'), lower(name), name) AS project_name,
         arrayJoin(arrayMap(
             output -> JSONExtractString(output, 'attributes', 'dedupe_key'),
             arrayFilter(

@@ -41,9 +41,9 @@ class RebuildRequest:
         if self.session_id is not None and as_uuid(self.session_id) is None:
             errors.append(FieldError(("session_id",), "must be a UUID", "uuid_parsing"))
         errors += [
-            FieldError(("run_ids", str(number)), "must not be empty nor hold NUL", "value_error")
+            FieldError(("run_ids", str(number)), "must be text without NUL", "value_error")
             for number, run in enumerate(self.run_ids)
-            if not run or "\0" in run
+            if not run or not _is_text(run)
         ]
         if errors:
             raise Refusal(f"{errors[0].loc[0]} {errors[0].msg}", status=422, errors=tuple(errors))
@@ -60,6 +60,15 @@ def as_uuid(text: str) -> UUID | None:
         return UUID(text)
     except ValueError:
         return None
+
+
+def _is_text(text: str) -> bool:
+    """Whether the databases can be asked for it: a shell may give bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def resolve_project(connection: Connection, request: RebuildRequest) -> UUID:
@@ -98,7 +107,7 @@ def _find(
     connection: Connection, query: LiteralString, kind: str, name: str, parent: UUID | None
 ) -> UUID:
     found = None
-    if "\0" not in name:
+    if _is_text(name):
         found = connection.execute(
             query, {"id": as_uuid(name), "slug": name, "parent": parent}
         ).fetchone()

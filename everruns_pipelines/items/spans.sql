@@ -7,6 +7,8 @@ WITH
     SpanAttributes['dreadnode.outputs'] AS outputs,
     SpanAttributes['dreadnode.objects'] AS objects,
     SpanAttributes['dreadnode.project'] AS project,
+    -- As in known_projects.sql: what looks like a UUID may be spelled in capitals.
+    if(match(project, '^[0-9A-Fa-f-]{32,36}$$'), lower(project), project) AS project_name,
     multiIf(
         length(outputs) + length(objects) > {longest:UInt64}, 'too_large',
         isValidJSON(outputs) AND isValidJSON(objects)
@@ -19,10 +21,7 @@ SELECT
     replaceAll(toValidUTF8(TraceId), '\0', '') AS trace_id,
     replaceAll(toValidUTF8(SpanId), '\0', '') AS span_id,
     replaceAll(toValidUTF8(SpanAttributes['dreadnode.run.id']), '\0', '') AS run_id,
-    -- A project's UUID may be spelled in capitals; a slug is taken as it is.
-    replaceAll(
-        toValidUTF8(if(isNull(toUUIDOrNull(project)), project, lower(project))), '\0', ''
-    ) AS project_name,
+    replaceAll(toValidUTF8(project_name), '\0', '') AS project_text,
     least(
         toInt128(toUnixTimestamp64Nano(Timestamp)) + Duration, toInt128(9223372036854775807)
     ) AS ended_ns,

@@ -113,9 +113,11 @@ BEGIN
     ELSIF jsonb_typeof(a) = 'object' THEN
         RETURN NOT EXISTS (
             SELECT
-            FROM jsonb_each(a) AS x FULL JOIN jsonb_each(b) AS y USING (key)
-            WHERE x.value IS NULL OR y.value IS NULL
-            OR NOT pg_temp.same_but_for_list_order(x.value, y.value, depth + 1)
+            -- Side by side: jsonb keeps its keys in one order.
+            FROM ROWS FROM (jsonb_each(a), jsonb_each(b)) AS pair (a_key, a_value, b_key, b_value)
+            WHERE
+                a_key IS DISTINCT FROM b_key
+                OR NOT pg_temp.same_but_for_list_order(a_value, b_value, depth + 1)
         );
     ELSIF jsonb_typeof(a) = 'array' THEN
         RETURN jsonb_array_length(a) = jsonb_array_length(b)
@@ -139,7 +141,21 @@ BEGIN
         );
     ELSIF jsonb_typeof(a) = 'array' THEN
         RETURN (
-            SELECT coalesce(jsonb_agg(value ORDER BY value::text COLLATE "C"), '[]')
+            -- Not ordered by its text, in which 1e131071 is 131,072 digits long. What jsonb takes for
+            -- equal, 1 and 1.0, is told apart by how PostgreSQL sends it.
+            SELECT coalesce(
+                jsonb_agg(
+                    value
+                    ORDER BY
+                        value,
+                        CASE WHEN jsonb_typeof(value) <> 'string' THEN ARRAY(
+                            SELECT numeric_send(number::numeric)
+                            FROM jsonb_path_query(value, 'strict $.**{0 to 40} ? (@.type() == "number")')
+                                AS number
+                        ) END
+                ),
+                '[]'
+            )
             FROM (
                 -- OFFSET 0: sorted once, not once for the result and once for its place.
                 SELECT pg_temp.lists_sorted(value, depth + 1) AS value

@@ -101,10 +101,20 @@ def test_a_rejected_envelope_is_no_failure(world: World) -> None:
 
 def test_projects_get_runs_of_their_own(world: World) -> None:
     world.add_project("other", name_id("other"))
-    world.add(span("one"), span("two", project="other"), span("three", project="unknown"))
+    world.add(
+        span("one", project=str(PROJECT)[:18] + str(PROJECT)[18:].upper()),
+        span("two", project="other"),
+        span("three", project="unknown"),
+    )
     assert [config["project"] for config in configs(tick(world))] == sorted(
         [str(PROJECT), str(name_id("other"))]
     )
+
+
+def test_an_odd_project_name_does_not_stop_the_sensor(world: World) -> None:
+    odd = ["a\u2028b", "a\u0085", "a\tb", "a\nb", "\\N", "'\""]
+    world.add(span("one"), *(span(project, project=project) for project in odd))
+    assert traces(tick(world)) == {name_id("one").hex}
 
 
 def test_many_traces_are_split_into_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Spans whose attributes strict parsers refuse: what can be saved is, the rest is told."""
 
 import json
+import tracemalloc
 
 import pytest
 
 from everruns_pipelines.items.envelope import read_damaged
 from everruns_pipelines_tests.items.world import (
     OTHER_SESSION,
+    SESSION,
     Row,
     Span,
     World,
@@ -102,6 +104,17 @@ def test_outputs_cut_in_mid_text_keep_what_is_whole(world: World) -> None:
     assert world.reasons() == {None: "unreadable_span"}
 
 
+def test_of_two_damaged_deliveries_the_longer_one_counts(world: World) -> None:
+    for number, cut in enumerate((900, 1100, 1300, 1500)):
+        row = _neighbours("NaN", f"poison {number}")
+        shorter = json.loads(json.dumps(row))
+        objects = row["SpanAttributes"]["dreadnode.objects"]
+        shorter["SpanAttributes"]["dreadnode.objects"] = objects[:cut]
+        world.add(*((row, shorter) if number % 2 else (shorter, row)))
+    done = world.rebuild()
+    assert (done.spans, done.inserted, done.rejected) == (4, 8, 4)
+
+
 @pytest.mark.parametrize("outputs", ['[{"na', "item", '{"name": "item"}', '"item"'])
 def test_outputs_that_cannot_be_read_leave_one_row(world: World, outputs: str) -> None:
     world.add(Span(attributes={"dreadnode.outputs": outputs}), Span([envelope("one")], name="ok"))
@@ -134,6 +147,34 @@ def test_a_damaged_span_of_another_session_counts_by_what_its_envelopes_name(
     assert world.items().keys() == {key("poison after")}
 
 
+def test_a_damaged_envelope_of_another_sessions_span_is_told_if_it_names_the_session(
+    world: World,
+) -> None:
+    poisons = [
+        "NaN",
+        "[1,]",
+        "01",
+        "'x'",
+        '"\\ud800"',
+        '"\\u0000"',
+        "[" * 1100 + "]" * 1100,
+        '"BYTES"',
+    ]
+    for number, poison in enumerate(poisons):
+        for name, session in (("mine", SESSION), ("theirs", OTHER_SESSION)):
+            damaged = envelope(f"{name} {number}", session_id=session, data={"text": "POISON"})
+            row = Span([damaged], name=f"{name} {number}", session=OTHER_SESSION).row()
+            attributes = row["SpanAttributes"]
+            attributes["dreadnode.objects"] = attributes["dreadnode.objects"].replace(
+                '"POISON"', poison
+            )
+            world.insert(json.dumps(row).encode().replace(b"BYTES", b"\xff\xfe"))
+    world.add(Span(name="of the session"))
+    done = world.rebuild()
+    assert (done.processed, done.rejected, done.out_of_scope) == (0, len(poisons), len(poisons))
+    assert world.reasons().keys() == {key(f"mine {number}") for number in range(len(poisons))}
+
+
 def test_an_item_of_two_megabytes_in_a_damaged_span(world: World) -> None:
     large = envelope("large", data={"text": 'x\\"{[' * 400_000})
     row = Span([large, envelope("poison", data={"n": "POISON"})]).row()
@@ -143,6 +184,28 @@ def test_an_item_of_two_megabytes_in_a_damaged_span(world: World) -> None:
     done = world.rebuild()
     assert (done.inserted, done.rejected) == (1, 1)
     assert world.items()[key("large")]["data"] == exact(large["data"])
+
+
+_ONE_ITEM = b'[{"name":"item","hash":"x"}]'
+
+
+@pytest.mark.parametrize(
+    ("outputs", "objects"),
+    [
+        (b"[" + b"0," * 200_000, b""),
+        (_ONE_ITEM, b"{" + b'"":0,' * 80_000),
+        (_ONE_ITEM, b'{"x":{"value":{"data":{"x":[' + b"[]," * 130_000 + b"[]]}}}}"),
+    ],
+    ids=["outputs", "objects", "envelope"],
+)
+def test_a_dense_text_takes_a_small_multiple_of_its_length(outputs: bytes, objects: bytes) -> None:
+    tracemalloc.start()
+    try:
+        assert len(list(read_damaged(outputs, objects))) == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * (len(outputs) + len(objects))
 
 
 def test_attributes_beyond_all_measure_are_rejected(

@@ -52,6 +52,36 @@ def test_a_dry_run_tells_what_would_change_and_writes_nothing_at_all(world: Worl
     assert (did.links_created, did.links_unresolved) == (2, 1)
 
 
+def test_a_dry_run_counts_links_by_the_refs_that_items_would_have(world: World) -> None:
+    moved, stored = world.post("moved", ref="x"), world.post("stored", ref="z")
+    world.post("takes over", ref="w")
+    links = [
+        {"target_ref": ref, "relationship": "r"} for ref in ("x", "y", "z", "w", "new", "never")
+    ]
+    links.append({"target_item_id": str(moved), "relationship": "r"})
+    world.add(
+        Span(
+            [
+                envelope("moved", ref="y"),
+                envelope("takes over", ref="z"),
+                envelope("new", ref="new"),
+                envelope("source", links=links),
+                envelope("stored", ref=None, links=links),
+            ]
+        )
+    )
+    world.connection.execute(
+        "INSERT INTO item_links (project_id, source_item_id, target_item_id, relationship)"
+        " SELECT project_id, id, %s, 'r' FROM items WHERE id = %s",
+        [moved, stored],
+    )
+    would = world.rebuild(dry_run=True)
+    did = world.rebuild()
+    assert would.counts() == did.counts()
+    assert (did.links_created, did.links_unresolved) == (5, 6)
+    assert world.rebuild(dry_run=True).counts() == world.rebuild().counts()
+
+
 _REBUILD = """
 import sys
 import everruns_pipelines.items.rebuild as module
@@ -190,6 +220,46 @@ def test_a_post_that_comes_between_is_met_again(
         assert (done.inserted, done.processed, done.rejected) == (1, 1, 1)
         assert world.reasons() == {key("one"): "ref_conflict"}
     assert len(posted) == 1
+
+
+@pytest.mark.parametrize(
+    ("moment", "change", "links"),
+    [
+        ("links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
+        ("links.sql", "UPDATE items SET ref = NULL WHERE ref = 'target'", 1),
+        ("create_links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("create_links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
+    ],
+)
+def test_a_link_whose_end_is_gone_is_unresolved_and_the_rest_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, moment: str, change: str, links: int
+) -> None:
+    """The platform changes an item between the merge, the plan of the links and their insert."""
+    named = [{"target_ref": ref, "relationship": "x"} for ref in ("target", "source")]
+    other = [{"target_ref": "other", "relationship": "x"}]
+    world.add(
+        Span(
+            [
+                envelope("source", ref="source", links=named),
+                envelope("target", ref="target"),
+                envelope("other", ref="other", links=other),
+            ]
+        )
+    )
+    original: Any = getattr(rebuild, "_read")  # noqa: B009, the moment that we need has no name
+    changes = [change]
+
+    def read(name: str) -> Any:
+        if name == moment and changes:
+            world.connection.execute(changes.pop().encode())
+        return original(name)
+
+    monkeypatch.setattr(rebuild, "_read", read)
+    done = world.rebuild()
+    assert (done.processed, done.links_created, done.links_unresolved) == (3, links + 1, 2 - links)
+    assert len(world.links()) == links + 1
+    assert changes == []
 
 
 def test_a_role_that_may_not_make_our_schema_is_told_so(world: World) -> None:

@@ -59,10 +59,23 @@ def test_an_offloaded_item_is_recovered_from_a_directory(world: World, tmp_path:
     assert world.items().keys() == {key("sound")}
     assert world.reasons() == {
         key("bad"): "invalid_field",
-        key("somebody else's"): "invalid_field",
+        key("other"): "invalid_field",
         key("broken"): "invalid_json",
         key("gone"): "offloaded",
     }
+
+
+def test_an_object_that_is_a_stored_item_does_not_stand_for_the_one_of_the_span(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "x").write_text(json.dumps(envelope("stored")))
+    world.add(
+        Span([envelope("stored")], name="a"),
+        Span(objects=[_offloaded("one", f"file://{tmp_path}/x")], name="b"),
+    )
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.processed, done.rejected) == (1, 1)
+    assert world.reasons() == {key("one"): "invalid_field"}
 
 
 def test_a_uri_is_untrusted_input(world: World, tmp_path: Path) -> None:
@@ -117,6 +130,32 @@ def test_an_offloaded_envelope_of_another_session_is_judged_once_it_is_read(
     done = _at(world, f"file://{tmp_path}").rebuild()
     assert (done.inserted, done.out_of_scope) == (1, 1)
     assert world.items().keys() == {key("mine")}
+
+
+def test_a_path_that_cannot_be_followed_does_not_stop_the_rebuild(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "directory").mkdir()
+    paths = ("loop", "loop/x", "directory", "x" * 5000)
+    world.add(
+        Span([envelope("one")]),
+        Span(objects=[_offloaded(path, f"file://{tmp_path}/{path}") for path in paths], name="x"),
+    )
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.processed, done.offloaded) == (1, len(paths))
+    assert all(row["detail"] for row in world.rejections())
+
+
+def test_a_store_that_cannot_be_reached_does_not_stop_the_rebuild(world: World) -> None:
+    world.add(
+        Span([envelope("one")]),
+        Span(objects=[_offloaded("two", "ftp://127.0.0.1:1/x/two")], name="x"),
+    )
+    done = _at(world, "ftp://127.0.0.1:1/x").rebuild()
+    assert (done.processed, done.offloaded) == (1, 1)
+    [rejection] = world.rejections()
+    assert rejection["detail"] == "the object cannot be read (ConnectionRefusedError)"
 
 
 def test_a_store_without_its_library_is_refused(world: World) -> None:

@@ -54,6 +54,21 @@ def test_one_fault_is_survived(
     assert server.faults == []
 
 
+@pytest.mark.parametrize("fault", ["error in the middle", "no length"])
+@pytest.mark.parametrize(
+    "faulty", ["currentDatabase", "DESCRIBE TABLE", "GROUP BY TraceId", "uniqExact(TraceId)"]
+)
+def test_one_fault_in_what_is_asked_before_the_spans_is_survived(
+    world: World, server: HttpEngine, faulty: str, fault: Fault
+) -> None:
+    world.add(*(Span([envelope(str(n))], name=str(n), trace=str(n)) for n in range(6)))
+    remote = _over_http(world, server)
+    server.faulty = faulty
+    server.faults = [fault]
+    assert remote.rebuild().inserted == 6
+    assert server.faults == []
+
+
 def test_faults_without_end_fail_the_run_and_write_nothing(
     world: World, server: HttpEngine
 ) -> None:

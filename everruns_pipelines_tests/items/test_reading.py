@@ -1,5 +1,8 @@
 """Every way to pick spans leans on an index or a partition, as the rows that are read show."""
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from uuid import UUID
 
@@ -7,7 +10,16 @@ import pytest
 
 from everruns_pipelines.clickhouse import ClickHouse
 from everruns_pipelines.items.reading import Selection, SpanTable, of_day
-from everruns_pipelines_tests.items.world import DAY, PROJECT, RUN, SESSION, Span, World, envelope
+from everruns_pipelines_tests.items.world import (
+    DAY,
+    OTHER_SESSION,
+    PROJECT,
+    RUN,
+    SESSION,
+    Span,
+    World,
+    envelope,
+)
 
 _NOISE = 240_000
 _DAYS = 4
@@ -58,3 +70,52 @@ def _share_read(
 def _selected(clickhouse: ClickHouse) -> int:
     query = "SELECT value FROM system.events WHERE event = 'SelectedRows'"
     return int(clickhouse.rows(query, {})[0][0])
+
+
+_REBUILD = """
+import sys
+from pathlib import Path
+from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.items.rebuild import rebuild
+from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.settings import Settings
+
+settings = Settings.from_environment()
+request = RebuildRequest("acme", "red", "webapp", sys.argv[1])
+done = rebuild(PostgresResource(settings), ClickHouseResource(settings), request, lambda _: None)
+print(done.processed)
+print(Path("/proc/self/status").read_text())
+"""
+
+
+def test_spans_of_megabytes_take_no_more_memory_than_is_promised(world: World) -> None:
+    large = {"text": "yx" * 1_900_000}
+    for tens in range(5):
+        names = [f"{tens}{ones}" for ones in range(10)]
+        world.add(*(Span([envelope(name, data=large)], name=name) for name in names))
+    with world.clickhouse.connect() as clickhouse:
+        clickhouse.client.command("OPTIMIZE TABLE otel_traces FINAL")
+    _, empty = _processed_and_peak(world, OTHER_SESSION)
+    processed, peak = _processed_and_peak(world, SESSION)
+    assert processed == 50
+    assert peak - empty < 256
+
+
+def _processed_and_peak(world: World, session: str) -> tuple[int, float]:
+    """What a rebuild in a process of its own processes, and its peak memory in MiB."""
+    settings = world.clickhouse.settings
+    assert settings.postgres_url is not None
+    assert settings.clickhouse_dsn is not None
+    told = subprocess.run(
+        [sys.executable, "-c", _REBUILD, session],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={
+            "EVERRUNS_POSTGRES_URL": settings.postgres_url.get_secret_value(),
+            "EVERRUNS_CLICKHOUSE_DSN": settings.clickhouse_dsn.get_secret_value(),
+        },
+    ).stdout
+    [(processed, peak)] = re.findall(r"\A(\d+)\n(?s:.*)VmHWM:\s+(\d+) kB", told)
+    return int(processed), int(peak) / 1024

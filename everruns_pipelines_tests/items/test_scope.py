@@ -55,8 +55,15 @@ def test_a_session_that_is_no_uuid_is_refused(world: World, session: str) -> Non
     assert error["errors"][0]["loc"] == ["session_id"]
 
 
+@pytest.mark.parametrize("run", ["", "a\0b", "a\udcff"])
+def test_a_run_that_no_span_can_name_is_refused(world: World, run: str) -> None:
+    error = _error(world, run_ids=("sound", run))
+    assert error["code"] == "validation_error"
+    assert [field["loc"] for field in error["errors"]] == [["run_ids", "1"]]
+
+
 @pytest.mark.parametrize("which", ["organization", "workspace", "project"])
-@pytest.mark.parametrize("name", ["unknown", str(OTHER), "", "a\0b"])
+@pytest.mark.parametrize("name", ["unknown", str(OTHER), "", "a\0b", "a\udcff"])
 def test_an_unknown_scope_is_refused(world: World, which: str, name: str) -> None:
     error = _error(world, **{which: name})
     assert error["code"] == "not_found_error"
@@ -76,6 +83,26 @@ def test_all_three_may_be_named_by_uuid(world: World) -> None:
         organization=str(ORGANIZATION), workspace=str(WORKSPACE), project=str(PROJECT).upper()
     )
     assert done.processed == 1
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        SESSION.upper(),
+        SESSION.replace("-", ""),
+        SESSION.replace("-", "").upper(),
+        f"{{{SESSION}}}",
+        f"{{{SESSION.upper()}}}",
+        f"urn:uuid:{SESSION}",
+    ],
+)
+def test_the_session_of_a_span_is_read_in_every_spelling(world: World, spelling: str) -> None:
+    world.add(
+        Span([envelope("one", session_id=spelling)], session=spelling),
+        Span([envelope("two", session_id=None)], session=spelling, name="two"),
+    )
+    assert world.rebuild().processed == 2
+    assert str(world.items()[key("one")]["session_id"]) == SESSION
 
 
 def test_a_database_without_the_platforms_tables_is_refused(world: World) -> None:
@@ -154,6 +181,26 @@ def test_a_slug_names_a_project_in_spans(world: World) -> None:
     world.add(Span([envelope("one")], project="webapp"))
     world.add(Span([envelope("two")], project=str(PROJECT).upper(), name="capitals"))
     assert world.rebuild().processed == 2
+
+
+def test_a_project_uuid_may_be_spelled_in_small_and_capital_letters(world: World) -> None:
+    mixed = str(PROJECT)[:18] + str(PROJECT)[18:].upper()
+    world.add(Span([envelope("one")], project=mixed))
+    assert world.rebuild().processed == 1
+    assert world.rebuild_day().processed == 1
+
+
+@pytest.mark.parametrize("slug", ["ABCDEF" * 5 + "AB", str(name_id("no project")).upper()])
+def test_a_slug_in_capitals_that_looks_like_a_uuid_names_its_project(
+    world: World, slug: str
+) -> None:
+    world.add_project(slug, OTHER)
+    world.add(Span([envelope("one")], project=slug))
+    assert world.rebuild(project=slug).processed == 1
+    assert world.rebuild_day().processed == 1
+    world.add_project(slug.lower(), name_id("a third"))
+    assert world.rebuild(project=slug).processed == 0
+    assert world.rebuild_day().spans_of_unknown_projects == 1
 
 
 def test_a_slug_that_two_projects_share_names_neither(world: World) -> None:

@@ -1,5 +1,8 @@
 """Each trap of the contract, met with the real SDK, and what a rebuild does."""
 
+import json
+import random
+import string
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -7,6 +10,7 @@ from everruns_pipelines_tests.items.world import (
     OTHER_SESSION,
     PROJECT,
     SESSION,
+    Row,
     Span,
     World,
     envelope,
@@ -79,6 +83,8 @@ def test_a_row_that_would_not_change_is_not_written(world: World) -> None:
 def test_list_order_of_the_stored_row_is_kept(world: World) -> None:
     reported = {"tags": ["c", "a", "b"], "deep": [{"x": [3, 1]}, {"x": [2]}], "n": 1}
     in_span = {"tags": ["a", "b", "c"], "deep": [{"x": [2]}, {"x": [1, 3]}], "n": 1}
+    reported |= {"numbers": [1.0, 1, 2], "like numbers": [{"x": 1, "y": 2.0}, {"x": 1.0, "y": 2}]}
+    in_span |= {"numbers": [1, 2, 1.0], "like numbers": [{"x": 1.0, "y": 2}, {"x": 1, "y": 2.0}]}
     world.post("one", data=reported)
     world.add(Span([envelope("one", data=in_span)]))
     before = world.items()
@@ -100,6 +106,8 @@ def test_what_differs_in_more_than_list_order_is_refreshed(world: World) -> None
         ({"a": [1, 1, 2]}, {"a": [1, 2, 2]}),
         ({"a": [1, 2]}, {"a": [1, 2, 2]}),
         ({"a": 1}, {"a": 1.0}),
+        ({"a": [1, 1.0, 1]}, {"a": [1.0, 1, 1.0]}),
+        ({"a": [{"x": 1, "y": 1.0}, 2]}, {"a": [2, {"x": 1.0, "y": 1}]}),
         ({"a": ["1", "22"]}, {"a": ["12", "2"]}),
         ({"a": None}, {"b": None}),
         ({"a": {}}, {"a": []}),
@@ -293,6 +301,79 @@ def test_numbers_survive_exactly(world: World) -> None:
         assert world.items()[key(number)]["data"] == exactly('{"n": ' + number + "}")
 
 
+# 76 KB as JSON; as PostgreSQL's text of it more than it can hold.
+_HUGE = f"[{','.join(['1e131071'] * 8300)}]"
+
+
+def _with_huge_numbers(span: Span) -> Row:
+    """The span, with `_HUGE` in place of each string HUGE."""
+    row = span.row()
+    for name in ("dreadnode.outputs", "dreadnode.objects"):
+        text = row["SpanAttributes"][name]
+        row["SpanAttributes"][name] = text.replace('"HUGE"', _HUGE)
+    return row
+
+
+def test_numbers_whose_text_nobody_can_hold_reject_their_own_item_only(world: World) -> None:
+    fields = [name for name in envelope() if name != "links"]
+    world.add(
+        _with_huge_numbers(Span([envelope("one"), *(envelope(n, **{n: "HUGE"}) for n in fields)]))
+    )
+    outputs = [
+        {"name": "item", "hash": "sound", "attributes": {"dedupe_key": "HUGE"}},
+        {"name": "item", "hash": "HUGE"},
+        {"name": "HUGE", "hash": "sound"},
+        {"name": "item", "hash": "strange"},
+        {"name": "item", "hash": "elsewhere"},
+    ]
+    objects = {
+        "sound": object_of(envelope("two")),
+        "strange": {"type": "HUGE", "value": envelope("three")},
+        "elsewhere": {"type": "uri", "uri": "HUGE"},
+    }
+    attributes = {
+        "dreadnode.outputs": json.dumps(outputs),
+        "dreadnode.objects": json.dumps(objects),
+    }
+    world.add(_with_huge_numbers(Span(attributes=attributes, name="outputs")))
+    done = world.rebuild()
+    assert (done.inserted, done.rejected, done.offloaded) == (3, len(fields) + 1, 1)
+    assert world.items().keys() == {key("one"), key("two"), key("three")}
+    assert {row["reason"] for row in world.rejections()} == {
+        "invalid_field",
+        "object_missing",
+        "offloaded",
+    }
+
+
+def test_a_link_of_numbers_whose_text_nobody_can_hold_is_malformed(world: World) -> None:
+    links = [
+        {"target_ref": "HUGE", "relationship": "x"},
+        {"target_item_id": "HUGE", "relationship": "x"},
+        {"target_ref": "me", "relationship": "HUGE"},
+        {"target_ref": "me", "relationship": "x"},
+    ]
+    world.add(_with_huge_numbers(Span([envelope("one", ref="me", links=links)])))
+    done = world.rebuild()
+    assert (done.links_created, done.links_unresolved) == (1, 3)
+
+
+def test_payloads_of_numbers_whose_text_nobody_can_hold_are_compared(world: World) -> None:
+    names = ("grown", "shrunk", "sorted")
+    in_span: dict[str, Any] = {"grown": {"n": "HUGE"}, "shrunk": {}, "sorted": {"n": [1, "HUGE"]}}
+    stored: dict[str, Any] = {"grown": {}, "shrunk": {"n": "HUGE"}, "sorted": {"n": ["HUGE", 1]}}
+    for name in names:
+        world.post(name)
+        world.connection.execute(
+            "UPDATE items SET data = %s::jsonb WHERE dedupe_key = %s",
+            [json.dumps(stored[name]).replace('"HUGE"', _HUGE), key(name)],
+        )
+    world.add(_with_huge_numbers(Span([envelope(name, data=in_span[name]) for name in names])))
+    done = world.rebuild()
+    assert (done.refreshed, done.unchanged) == (2, 1)
+    assert world.rebuild().unchanged == 3
+
+
 def test_a_session_that_is_no_uuid_goes_into_the_metadata(world: World) -> None:
     cases: list[tuple[Any, Any]] = [
         ({}, {"metadata": {"session_ref": "local-1"}}),
@@ -473,6 +554,25 @@ def test_a_malformed_link_is_dropped_and_counted(world: World) -> None:
     done = world.rebuild()
     assert (done.processed, done.links_created) == (1, 0)
     assert done.links_unresolved == 2 * len(links)
+
+
+def test_a_relationship_that_no_index_entry_holds_is_unresolved_and_the_rest_goes_on(
+    world: World,
+) -> None:
+    # Random, or it would be compressed.
+    longest = "".join(random.Random(1).choices(string.ascii_letters + string.digits, k=2600))
+    links = [
+        {"target_ref": "me", "relationship": relationship}
+        for relationship in (longest, longest + "x", longest * 1000, "é" * 1301, "short")
+    ]
+    world.add(
+        Span([envelope("one", ref="me", links=links)], name="a"),
+        Span([envelope("two", title="x" * 513)], name="b"),
+    )
+    done = world.rebuild()
+    assert (done.links_created, done.links_unresolved) == (2, 3)
+    assert world.links() == {(key("one"), key("one"), name) for name in (longest, "short")}
+    assert world.reasons() == {key("two"): "invalid_field"}
 
 
 def test_a_rejection_is_replaced_and_goes_once_the_item_is_stored(world: World) -> None:
