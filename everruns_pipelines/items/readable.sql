@@ -31,31 +31,24 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL jsonb_array_elements(
     CASE WHEN jsonb_typeof(parsed.outputs) = 'array' THEN parsed.outputs ELSE '[]' END
 ) WITH ORDINALITY AS output (value, position)
-LEFT JOIN LATERAL (
+CROSS JOIN LATERAL (
     SELECT
         kept.is_offloaded,
         CASE
-            WHEN
-                kept.is_offloaded
-                AND jsonb_typeof(parsed.objects #> ARRAY[kept.hash, 'uri']) = 'string'
-                THEN parsed.objects #>> ARRAY[kept.hash, 'uri']
+            WHEN kept.is_offloaded AND jsonb_typeof(kept.object -> 'uri') = 'string'
+                THEN kept.object ->> 'uri'
         END AS uri,
-        CASE
-            WHEN kept.is_offloaded IS NOT TRUE THEN parsed.objects #> ARRAY[kept.hash, 'value']
-        END AS value
+        CASE WHEN kept.is_offloaded IS NOT TRUE THEN kept.object -> 'value' END AS value
     FROM (
-        SELECT
-            named.hash,
-            parsed.objects #> ARRAY[named.hash, 'type'] = '"uri"' AS is_offloaded
+        SELECT named.object, named.object -> 'type' = '"uri"' AS is_offloaded
         FROM (
             SELECT CASE
-                WHEN jsonb_typeof(output.value -> 'hash') = 'string' THEN output.value ->> 'hash'
-            END AS hash
+                WHEN jsonb_typeof(output.value -> 'hash') = 'string'
+                    THEN parsed.objects -> (output.value ->> 'hash')
+            END AS object
+            OFFSET 0
         ) AS named
-        -- In an array a path would count: objects are no array.
-        WHERE jsonb_typeof(parsed.objects) = 'object'
-        OFFSET 0
     ) AS kept
     OFFSET 0
-) AS object ON true
+) AS object
 WHERE span.state = 'readable' AND output.value -> 'name' = '"item"'

@@ -253,8 +253,9 @@ def _merge(
 def _spans_by_project(connection: Connection) -> dict[str | None, int]:
     """How many spans there are of each known project; under None, those of others."""
     rows = connection.execute(
-        "SELECT project_id::text, count(*)"
-        " FROM staged_spans LEFT JOIN staged_projects ON name = project GROUP BY 1"
+        "SELECT project_id::text, sum(spans)::bigint"
+        " FROM (SELECT project, count(*) AS spans FROM staged_spans GROUP BY 1) AS counted"
+        " LEFT JOIN staged_projects ON name = project GROUP BY 1"
     )
     return dict(rows.fetchall())
 

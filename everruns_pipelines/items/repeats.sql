@@ -10,11 +10,12 @@ DELETE FROM staged_spans USING (
                 octet_length(outputs) + octet_length(objects) DESC, md5(outputs), md5(objects)
         ) AS number
     FROM staged_spans AS span
+    -- Hardly any were, which is found out at less cost by a number than by three texts.
     JOIN (
-        SELECT project, trace_id, span_id
+        SELECT hashtextextended(span_id, hashtextextended(trace_id, 0)) AS hash
         FROM staged_spans
-        GROUP BY project, trace_id, span_id
+        GROUP BY hash
         HAVING count(*) > 1
-    ) AS repeated USING (project, trace_id, span_id)
+    ) AS repeated ON hash = hashtextextended(span_id, hashtextextended(trace_id, 0))
 ) AS delivered
 WHERE staged_spans.id = delivered.id AND delivered.number > 1
