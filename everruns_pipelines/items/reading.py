@@ -133,8 +133,8 @@ class SpanTable:
         bounds = self._bounds(traces)
         if bounds is not None:
             predicate += (
-                " AND Timestamp >= fromUnixTimestamp64Second({since:Int64}, 'UTC')"
-                " AND Timestamp < fromUnixTimestamp64Second({until:Int64}, 'UTC')"
+                " AND Timestamp >= fromUnixTimestamp64Milli({since:Int64} * 1000, 'UTC')"
+                " AND Timestamp < fromUnixTimestamp64Milli({until:Int64} * 1000, 'UTC')"
             )
             parameters |= {"since": bounds[0], "until": bounds[1]}
         return Selection(predicate, whole, parameters)

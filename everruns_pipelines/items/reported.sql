@@ -23,8 +23,8 @@ FROM (
         intDiv(ended_ns, 1000000000) AS ended
     FROM {database:Identifier}.{spans:Identifier}
     WHERE
-        Timestamp >= fromUnixTimestamp64Second({since:Int64} - 86400, 'UTC')
-        AND Timestamp <= fromUnixTimestamp64Second({until:Int64}, 'UTC')
+        Timestamp >= fromUnixTimestamp64Milli(({since:Int64} - 86400) * 1000, 'UTC')
+        AND Timestamp <= fromUnixTimestamp64Milli({until:Int64} * 1000, 'UTC')
         AND ended_ns > toInt128({since:Int64}) * 1000000000
         AND ended_ns <= toInt128({until:Int64}) * 1000000000
         AND has(mapKeys(SpanAttributes), 'dreadnode.outputs')

@@ -119,6 +119,28 @@ def test_the_checks_find_missing_and_different_items(
     assert world.items().keys() == {key("different")}
 
 
+def test_the_checks_find_a_missing_link(world: World, definitions: dg.Definitions) -> None:
+    links = [{"target_ref": "me", "relationship": "same as"}]
+    world.add(Span([envelope("one", ref="me", links=links)]))
+    world.rebuild()
+    assert _differing(definitions) == 0
+    world.connection.execute("DELETE FROM item_links")
+    assert _differing(definitions) == 1
+
+
+def _differing(definitions: dg.Definitions) -> Any:
+    result = definitions.get_job_def("checks").execute_in_process(
+        tags={"dagster/partition": "2026-01-01"}
+    )
+    [check] = [
+        check
+        for check in result.get_asset_check_evaluations()
+        if check.check_name == "no_item_differs_from_its_envelope"
+    ]
+    assert check.passed == (check.metadata["different"].value == 0)
+    return check.metadata["different"].value
+
+
 def test_every_column_of_the_table_is_described(world: World) -> None:
     spec = item_assets(world.clickhouse.settings).asset.get_asset_spec()
     schema: Any = spec.metadata["dagster/column_schema"]

@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from uuid import UUID
 
 import pytest
 
 from everruns_pipelines.clickhouse import ClickHouse
+from everruns_pipelines.items import reading
 from everruns_pipelines.items.reading import Selection, SpanTable, of_day
 from everruns_pipelines_tests.items.world import (
     DAY,
@@ -52,6 +54,21 @@ def test_a_selection_reads_a_part_of_the_table(world: World) -> None:
         shares = {name: _share_read(clickhouse, table, way) for name, way in _WAYS.items()}
     assert max(shares["session"], shares["run"], shares["trace"]) < 0.25
     assert shares["day"] < 1.5 / _DAYS
+
+
+def test_servers_of_some_years_ago_know_every_function_we_ask_for(world: World) -> None:
+    module = Path(reading.__file__)
+    texts = [module.read_text(), *(path.read_text() for path in module.parent.glob("*.sql"))]
+    ours = [text for text in texts if not text.startswith("-- PostgreSQL")]
+    names = set(re.findall(r"\w+(?=\()", " ".join(ours)))
+    with world.clickhouse.connect() as clickhouse:
+        query = (
+            "SELECT name, introduced_in FROM system.functions WHERE name IN {names:Array(String)}"
+        )
+        known = dict(clickhouse.rows(query, {"names": sorted(names)}))
+    assert {"isValidJSON", "toUnixTimestamp64Nano"} <= known.keys()
+    new = {name: since for name, since in known.items() if int(since.split(".")[0] or 0) > 22}
+    assert new == {}
 
 
 def _share_read(

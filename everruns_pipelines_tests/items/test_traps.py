@@ -536,6 +536,29 @@ def test_links_by_ref_and_id_forward_and_to_oneself(world: World) -> None:
     assert world.links() == expected
 
 
+def test_no_default_is_needed_but_that_of_an_items_id(world: World) -> None:
+    defaults = {
+        ("items", "created_at"): "now()",
+        ("items", "updated_at"): "now()",
+        ("item_links", "id"): "uuidv7()",
+        ("item_links", "created_at"): "now()",
+    }
+    world.add(
+        Span([envelope("one", ref="me", links=[{"target_ref": "me", "relationship": "same as"}])])
+    )
+    for table, column in defaults:
+        world.connection.execute(f"ALTER TABLE {table} ALTER {column} DROP DEFAULT".encode())
+    try:
+        done = world.rebuild()
+    finally:
+        for (table, column), default in defaults.items():
+            world.connection.execute(
+                f"ALTER TABLE {table} ALTER {column} SET DEFAULT {default}".encode()
+            )
+    assert (done.inserted, done.links_created) == (1, 1)
+    assert world.items()[key("one")]["updated_at"] > datetime.now(UTC) - timedelta(minutes=1)
+
+
 def test_a_malformed_link_is_dropped_and_counted(world: World) -> None:
     links: list[Any] = [
         5,
