@@ -108,7 +108,7 @@ RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN
     IF record_image_eq(ROW(a), ROW(b)) THEN
         RETURN true;
-    ELSIF depth > 40 OR jsonb_typeof(a) <> jsonb_typeof(b) THEN
+    ELSIF depth > 100 OR jsonb_typeof(a) <> jsonb_typeof(b) THEN
         RETURN false;
     ELSIF jsonb_typeof(a) = 'object' THEN
         RETURN NOT EXISTS (
@@ -132,7 +132,7 @@ $$;
 CREATE FUNCTION pg_temp.lists_sorted(a jsonb, depth integer) RETURNS jsonb
 LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN
-    IF depth > 40 THEN
+    IF depth > 100 THEN
         RETURN a;
     ELSIF jsonb_typeof(a) = 'object' THEN
         RETURN (
@@ -141,18 +141,13 @@ BEGIN
         );
     ELSIF jsonb_typeof(a) = 'array' THEN
         RETURN (
-            -- Not ordered by its text, in which 1e131071 is 131,072 digits long. What jsonb takes for
-            -- equal, 1 and 1.0, is told apart by how PostgreSQL sends it.
+            -- Not ordered by its text, in which 1e131071 is 131,072 digits long. Of numbers that jsonb
+            -- takes for equal, 1 and 1.0, the scale tells which is which.
             SELECT coalesce(
                 jsonb_agg(
                     value
                     ORDER BY
-                        value,
-                        CASE WHEN jsonb_typeof(value) <> 'string' THEN ARRAY(
-                            SELECT numeric_send(number::numeric)
-                            FROM jsonb_path_query(value, 'strict $.**{0 to 40} ? (@.type() == "number")')
-                                AS number
-                        ) END
+                        value, CASE WHEN jsonb_typeof(value) = 'number' THEN scale(value::numeric) END
                 ),
                 '[]'
             )

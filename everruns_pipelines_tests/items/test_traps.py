@@ -81,10 +81,10 @@ def test_a_row_that_would_not_change_is_not_written(world: World) -> None:
 
 
 def test_list_order_of_the_stored_row_is_kept(world: World) -> None:
-    reported = {"tags": ["c", "a", "b"], "deep": [{"x": [3, 1]}, {"x": [2]}], "n": 1}
-    in_span = {"tags": ["a", "b", "c"], "deep": [{"x": [2]}, {"x": [1, 3]}], "n": 1}
-    reported |= {"numbers": [1.0, 1, 2], "like numbers": [{"x": 1, "y": 2.0}, {"x": 1.0, "y": 2}]}
-    in_span |= {"numbers": [1, 2, 1.0], "like numbers": [{"x": 1.0, "y": 2}, {"x": 1, "y": 2.0}]}
+    reported: Row = {"tags": ["c", "a", "b"], "deep": [{"x": [3, 1]}, {"x": [2]}], "n": 1}
+    in_span: Row = {"tags": ["a", "b", "c"], "deep": [{"x": [2]}, {"x": [1, 3]}], "n": 1}
+    reported["numbers"] = [1.0, 1, 2, 1e22]
+    in_span["numbers"] = [1, 2, 1e22, 1.0]
     world.post("one", data=reported)
     world.add(Span([envelope("one", data=in_span)]))
     before = world.items()
@@ -119,6 +119,20 @@ def test_what_differs_in_more_than_list_order_is_refreshed(world: World) -> None
     items = world.items()
     for number, (_, in_span) in enumerate(pairs):
         assert items[key(str(number))]["data"] == exact(in_span)
+
+
+def test_list_order_is_kept_below_many_levels(world: World) -> None:
+    def nested(innermost: list[int]) -> Any:
+        value: Any = innermost
+        for level in range(90):
+            value = {"k": value} if level % 2 else [value, 0]
+        return {"a": value}
+
+    world.post("one", data=nested([2, 1]))
+    world.add(Span([envelope("one", data=nested([1, 2]))]))
+    before = world.items()
+    assert world.rebuild().unchanged == 1
+    assert world.items() == before
 
 
 def test_lists_nested_beyond_reason_do_not_break_the_batch(world: World) -> None:
