@@ -43,7 +43,7 @@ class Found:
 def read_damaged(outputs: bytes, objects: bytes) -> Iterator[Found]:
     """What can be told of the items of a span whose outputs or objects are not valid JSON."""
     hashes = {_text(output.get("hash")) for _, output in _item_outputs(outputs) if output}
-    held = _members(objects, hashes)
+    held = _members(objects, hashes) if hashes else {}
     for position, output in _item_outputs(outputs):
         if output is not None:
             yield _item(position, output, held)
