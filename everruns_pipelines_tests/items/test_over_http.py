@@ -54,9 +54,15 @@ def test_one_fault_is_survived(
     assert server.faults == []
 
 
-@pytest.mark.parametrize("fault", ["error in the middle", "no length"])
 @pytest.mark.parametrize(
-    "faulty", ["currentDatabase", "DESCRIBE TABLE", "GROUP BY TraceId", "uniqExact(TraceId)"]
+    ("faulty", "fault"),
+    [
+        ("currentDatabase", "no length"),
+        ("DESCRIBE TABLE", "error in the middle"),
+        ("GROUP BY TraceId", "error in the middle"),
+        ("GROUP BY TraceId", "no length"),
+        ("uniqExact(TraceId)", "no length"),
+    ],
 )
 def test_one_fault_in_what_is_asked_before_the_spans_is_survived(
     world: World, server: HttpEngine, faulty: str, fault: Fault
