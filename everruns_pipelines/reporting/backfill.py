@@ -8,15 +8,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import LiteralString, cast
 
 import psycopg
 
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection, transaction
-from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.postgres import Connection, transaction, tried_again
+from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.missing import find_missing
 
@@ -72,18 +72,31 @@ def enqueue(
     sources = [source for source in SOURCES if wanted is None or source.type in wanted]
     enqueued: Counter[str] = Counter()
     while (open_limit := request.limit - enqueued.total()) > 0:
-        with transaction(connection, work_mem=_WORK_MEM):
-            if request.org_id is None and not request.dry_run:
-                _lock(connection, lock_wait_seconds)
-            find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
-            chosen = _choose(connection, open_limit)
-            written = chosen if request.dry_run else _write(connection)
+        chosen, written = tried_again(
+            partial(_enqueue_once, connection, request, sources, open_limit, lock_wait_seconds)
+        )
         enqueued += written
         if written == chosen:
             break
         # Others have enqueued some of these first. Look again: there may be more.
     counts = {source.counted_as: enqueued[source.type] for source in SOURCES}
     return {"enqueued": enqueued.total(), **counts}
+
+
+def _enqueue_once(
+    connection: Connection,
+    request: BackfillRequest,
+    sources: Sequence[Source],
+    limit: int,
+    lock_wait_seconds: float,
+) -> tuple[Counter[str], Counter[str]]:
+    """Choose what is missing, and enqueue it; how many of each type."""
+    with transaction(connection, work_mem=_WORK_MEM):
+        if request.org_id is None and not request.dry_run:
+            _lock(connection, lock_wait_seconds)
+        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
+        chosen = _choose(connection, limit)
+        return chosen, chosen if request.dry_run else _write(connection)
 
 
 def check(connection: "Connection | None", request: BackfillRequest) -> None:

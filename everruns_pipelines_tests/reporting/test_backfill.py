@@ -30,6 +30,7 @@ from everruns_pipelines_tests.reporting.recompute import (
     differences,
     expected_facts,
 )
+from everruns_pipelines_tests.reporting.world import wait_until
 
 NOTHING = {"enqueued": 0, "events": 0, "llm_generations": 0, "sessions": 0, "usage_ledger": 0}
 EVERY_TYPE = ("event", "llm_generation", "session", "usage_ledger")
@@ -608,6 +609,52 @@ def test_two_backfills_at_once_enqueue_each_missing_source_once_between_them(
     while _backfill(connection, org_id=org_id)["enqueued"]:
         pass
     assert len(_outbox(connection)) == missing["enqueued"]
+
+
+def test_a_backfill_that_deadlocks_with_the_application_is_tried_again(
+    connection: Connection, postgres_url: str
+) -> None:
+    """The application holds a row that the backfill wants, and wants one that it holds."""
+    _load_projected_sample(connection)
+    lost = _lose(connection, "fact_turn", 2)
+    _backfill(connection)
+    connection.execute("UPDATE reporting_outbox SET status = 'completed'")
+    # In the order of their events, in which the backfill takes them.
+    first, second = (
+        id_
+        for (id_,) in connection.execute(
+            "SELECT outbox.id FROM reporting_outbox AS outbox JOIN events"
+            " ON events.id::text = source_id WHERE source_id = ANY (%s) ORDER BY ts, source_id",
+            [list(lost)],
+        )
+    )
+    lock_row = "SELECT FROM reporting_outbox WHERE id = %s FOR UPDATE"
+
+    def backfill() -> dict[str, int]:
+        with psycopg.connect(postgres_url, autocommit=True) as own:
+            return enqueue(own, BackfillRequest())
+
+    with (
+        psycopg.connect(postgres_url, autocommit=True) as application,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        application.execute(
+            "SET deadlock_timeout = '60s'"
+        )  # the backfill is the one that is chosen
+        with application.transaction():
+            application.execute(lock_row, [second])
+            enqueuing = executor.submit(backfill)
+            wait_until(lambda: _waiting(connection) == 1, "the backfill to wait")
+            application.execute(lock_row, [first])
+        assert enqueuing.result(30)["enqueued"] == 2
+
+
+def _waiting(connection: Connection) -> int:
+    return _value(
+        connection,
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+    )
 
 
 # Digests of events.
