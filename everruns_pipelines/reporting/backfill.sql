@@ -63,7 +63,8 @@ queueable AS (
     SELECT missing.*, missing.source_id
     FROM pg_temp.missing
     LEFT JOIN reporting_outbox AS outbox
-        ON outbox.org_id = missing.org_id
+        ON NOT %(waiting)s
+        AND outbox.org_id = missing.org_id
         AND outbox.source_type = missing.source_type
         AND outbox.source_id = missing.source_id
         AND outbox.source_version = missing.source_id

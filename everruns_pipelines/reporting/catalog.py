@@ -86,7 +86,20 @@ class Projection:
     @cached_property
     def sql(self) -> LiteralString:
         """The text of the SELECT."""
-        return cast("LiteralString", (_PROJECTIONS / f"{self.name}.sql").read_text())
+        return _text(f"{self.name}.sql")
+
+    @cached_property
+    def inputs(self) -> LiteralString:
+        """What the keys of its rows follow from, where its sources change.
+
+        A SELECT over `selected`: `org_id`, `session_id`, and `inputs`, a record of all else that
+        the keys of that session's rows are made of.
+        """
+        return _text(f"{self.name}.inputs.sql")
+
+
+def _text(name: str) -> LiteralString:
+    return cast("LiteralString", (_PROJECTIONS / name).read_text())
 
 
 @dataclass(frozen=True)

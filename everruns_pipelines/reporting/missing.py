@@ -4,8 +4,9 @@ Facts of events are by far the most, so they are first compared session by sessi
 hashes of all keys that a session must have and of all that it has is 0 if, and but for a chance of
 2^-64 only if, they are the same. Only of sessions that differ are keys looked up.
 
-Which keys the events of a session make is read once and kept as a digest, for events never change.
-A digest says which events it is of, and counts for exactly these.
+Which keys a session and its events make is read once and kept as a digest. A digest says what it
+was made of, by the ids of the events, which never change, and by what of the session matters; it
+counts for exactly that.
 """
 
 from collections.abc import Collection, Iterable
@@ -35,6 +36,8 @@ _SETTINGS: tuple[LiteralString, ...] = (
     # Tables are read from end to end, which the kernel foresees. Handing every block over from
     # PostgreSQL's own reading processes costs more than it gains.
     "SET LOCAL effective_io_concurrency = 0",
+    # Every worker would read all of one side.
+    "SET LOCAL enable_mergejoin = off",
     # Documents hardly ever repeat.
     "SET LOCAL enable_memoize = off",
 )
@@ -46,14 +49,17 @@ def find_missing(
     org_id: int | None,
     *,
     keep_digests: bool = True,
-) -> None:
+) -> int:
     """Fill pg_temp.missing (source_type, reason, org_id, source_id, at), each source once.
 
     Lasts until the end of the transaction.
 
     Args:
         org_id: one organization; None for all of them.
-        keep_digests: keep what was read of events for the next time.
+        keep_digests: keep what was read of sessions and their events for the next time.
+
+    Returns:
+        How many sources there are.
     """
     scope = EVERYTHING if org_id is None else _OF_ORG
     parameters: dict[str, Any] = {"org_id": org_id, "seed": _seed()}
@@ -67,19 +73,20 @@ def find_missing(
     if sliced:
         _slice(connection, scope, parameters, keep_digests=keep_digests)
         found += _in_slices(connection, sliced, scope, parameters)
-    _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
+    missing = _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
     connection.execute("ANALYZE pg_temp.missing")
+    return missing
 
 
 def _create(
     connection: Connection, table: str, query: sql.Composable, parameters: dict[str, Any]
-) -> None:
-    """Keep the rows of a query until the end of the transaction."""
+) -> int:
+    """Keep the rows of a query until the end of the transaction; how many there are."""
     name = sql.Identifier(table)
     connection.execute(sql.SQL("DROP TABLE IF EXISTS pg_temp.{}").format(name))
-    connection.execute(
+    return connection.execute(
         sql.SQL("CREATE TEMPORARY TABLE {} ON COMMIT DROP AS {}").format(name, query), parameters
-    )
+    ).rowcount
 
 
 def _lacking(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -127,10 +134,9 @@ def _seed() -> int:
 def _slice(
     connection: Connection, scope: sql.SQL, parameters: dict[str, Any], *, keep_digests: bool
 ) -> None:
-    """Fill pg_temp.slices (session_id, org_id, is_read, difference): the sessions that differ.
+    """Fill pg_temp.slices (session_id, is_read, difference): the sessions that differ.
 
-    `difference` is the xor of the hashes of the keys by which they do. It is unknown, and NULL,
-    where facts of the session stand under another organization.
+    `difference` is the xor of the hashes of the keys by which they do.
     """
     query = sql.SQL(_SLICES).format(
         parts=_union_all(_slice_parts(scope)), scope=scope.format(org_id=sql.SQL("session.org_id"))
@@ -167,54 +173,66 @@ def _choose_sessions(
 
 
 def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
-    """Per session: its organization, which events it has, what its digest says, and other keys."""
+    """Per session: what its keys are made of, what its digest says of them, and its facts' keys."""
     yield sql.SQL(
-        "SELECT session_id, NULL::bigint, NULL::bigint, bit_xor({id}), NULL::bigint, NULL::bigint"
-        " FROM {events} GROUP BY 1"
-    ).format(id=sql.SQL(_EVENT_ID), events=_events(scope))
+        "SELECT session_id, bit_xor({id}), NULL::bigint, NULL::bigint"
+        " FROM events AS source {scope} WHERE {is_projected} GROUP BY 1"
+    ).format(id=_EVENT_ID, scope=_by_session(scope), is_projected=_is_projected())
+    for inputs in _inputs_of_sessions(scope):
+        yield sql.SQL("SELECT session_id, hash, NULL, NULL FROM ({}) AS session").format(inputs)
     yield sql.SQL(
-        "SELECT session_id, NULL, NULL, events, keys, NULL"
-        " FROM everruns_pipelines.event_digests AS source {scope} WHERE seed = %(seed)s"
+        "SELECT session_id, inputs, keys, NULL"
+        " FROM everruns_pipelines.session_digests AS source {scope} WHERE seed = %(seed)s"
     ).format(scope=_by_session(scope))
-    yield sql.SQL(
-        "SELECT id, source.org_id, source.org_id, NULL, NULL, NULL FROM sessions AS source {}"
-    ).format(scope.format(org_id=sql.SQL("source.org_id")))
     for fact in _sliced_facts():
         yield sql.SQL(
-            "SELECT session_id, min(source.org_id), max(source.org_id), NULL, NULL, bit_xor({hash})"
+            "SELECT session_id, NULL, NULL, bit_xor({hash})"
             " FROM {fact} AS source {scope} GROUP BY 1"
         ).format(
-            hash=_hash(fact, sql.SQL("source_key")),
+            hash=_hash(fact, "source.org_id", sql.SQL("source_key")),
             fact=sql.Identifier(fact.table),
             scope=scope.format(org_id=sql.SQL("source.org_id")),
         )
-    for fact, part in _parts_of(SESSION):
-        yield sql.SQL(
-            "SELECT session_id, NULL, NULL, NULL, NULL, bit_xor({hash})"
-            " FROM ({expected}) AS expected GROUP BY 1"
-        ).format(hash=_hash(fact, sql.SQL("source_key")), expected=_expected(fact, part, scope))
 
 
 def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
-    """Per session: which events it has, and the keys that they make."""
+    """Per session: what keys are made of, and these keys."""
     yield sql.SQL(
-        "SELECT session_id, bit_xor({id}), bit_xor(CASE event_type {keys} END)"
-        " FROM {events} GROUP BY 1"
+        "SELECT session_id, bit_xor({id}), bit_xor({keys})"
+        " FROM events AS source {session} {selection} WHERE {is_projected} GROUP BY 1"
     ).format(
-        id=sql.SQL(_EVENT_ID),
-        keys=sql.SQL(" ").join(
-            sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), sql.SQL(" # ").join(hashes))
-            for kind, hashes in _hashes_of_events().items()
+        id=_EVENT_ID,
+        keys=_xor_of_keys("{only}"),
+        session=_THEIR_SESSION,
+        selection=selection.format(
+            org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")
         ),
-        events=_events(selection),
+        is_projected=_is_projected(),
     )
-    for fact, part in _parts_of(EVENT):
+    for inputs in _inputs_of_sessions(selection):
+        yield sql.SQL("SELECT session_id, hash, NULL FROM ({}) AS session").format(inputs)
+    for fact, part in (*_parts_of(EVENT), *_parts_of(SESSION)):
         if not part.key:
             yield sql.SQL(
                 "SELECT session_id, NULL, bit_xor({hash}) FROM ({expected}) AS expected GROUP BY 1"
             ).format(
-                hash=_hash(fact, sql.SQL("source_key")), expected=_expected(fact, part, selection)
+                hash=_hash(fact, "org_id", sql.SQL("source_key")),
+                expected=_expected(fact, part, selection),
             )
+
+
+def _inputs_of_sessions(selection: sql.SQL) -> Iterable[sql.Composed]:
+    """Queries for (session_id, hash), one for each projection that reads sessions."""
+    for fact, part in _parts_of(SESSION):
+        yield sql.SQL(
+            "WITH selected AS NOT MATERIALIZED ({selected})"
+            " SELECT session_id, hash_record_extended(inputs, {seed}) AS hash"
+            " FROM ({inputs}) AS session"
+        ).format(
+            selected=selected_rows(SESSION, (), selection),
+            seed=_seed_of(fact, "org_id"),
+            inputs=sql.SQL(part.inputs),
+        )
 
 
 def _keep_digests(connection: Connection, parameters: dict[str, Any]) -> None:
@@ -233,40 +251,57 @@ def _parts_of(source: Source) -> Iterable[tuple[Fact, Projection]]:
     )
 
 
-def _hashes_of_events() -> dict[str, list[sql.Composed]]:
-    """By event type the hashes of declared keys, over `source`: 0 where the event makes none."""
+def _declared_keys(condition: LiteralString) -> dict[str, list[sql.Composed]]:
+    """By event type the hashes of declared keys, over `source`: 0 where `condition` is not met."""
     hashes: dict[str, list[sql.Composed]] = {}
     for fact, part in _parts_of(EVENT):
         if part.key:
+            key = sql.SQL(part.key)
+            hash_of_key = sql.SQL("CASE WHEN {} THEN {} ELSE 0 END").format(
+                sql.SQL(condition).format(
+                    only=sql.SQL(part.only), stored=sql.Identifier(part.name)
+                ),
+                _hash(fact, "session.org_id", key),
+            )
             for event_type in part.event_types:
-                hashes.setdefault(event_type, []).append(
-                    sql.SQL("CASE WHEN {} THEN {} ELSE 0 END").format(
-                        sql.SQL(part.only), _hash(fact, sql.SQL(part.key))
-                    )
-                )
+                hashes.setdefault(event_type, []).append(hash_of_key)
     return hashes
 
 
-def _hash(fact: Fact, key: sql.Composable) -> sql.Composed:
-    """Keys of different facts are different."""
-    return sql.SQL("hashtextextended({}, %(seed)s + {})").format(
-        key, sql.Literal(FACTS.index(fact))
+def _xor_of_keys(condition: LiteralString) -> sql.Composed:
+    return _by_event_type(
+        (kind, sql.SQL(" # ").join(hashes)) for kind, hashes in _declared_keys(condition).items()
     )
 
 
-def _events(selection: sql.SQL) -> sql.Composed:
-    """The projected events of a selection, as `source`, without what they say."""
+def _by_event_type(values: Iterable[tuple[str, sql.Composable]]) -> sql.Composed:
+    return sql.SQL("CASE event_type {} END").format(
+        sql.SQL(" ").join(
+            sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), value) for kind, value in values
+        )
+    )
+
+
+def _hash(fact: Fact, org_id: LiteralString, key: sql.Composable) -> sql.Composed:
+    return sql.SQL("hashtextextended({}, {})").format(key, _seed_of(fact, org_id))
+
+
+def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
+    """Keys of different facts are different, and so are those of different organizations."""
+    return sql.SQL("%(seed)s # ({} << 3) # {}").format(
+        sql.SQL(org_id), sql.Literal(FACTS.index(fact))
+    )
+
+
+def _is_projected() -> sql.Composed:
     event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
-    return sql.SQL("events AS source {} WHERE event_type IN ({})").format(
-        _by_session(selection), sql.SQL(", ").join(map(sql.Literal, event_types))
-    )
+    return sql.SQL("event_type IN ({})").format(sql.SQL(", ").join(map(sql.Literal, event_types)))
 
 
 def _by_session(selection: sql.SQL) -> sql.Composed:
     """A selection of rows that have no organization of their own; joins no more than it needs."""
-    session = "JOIN sessions AS session ON session.id = source.session_id"
     return sql.SQL("{} {}").format(
-        sql.SQL(session if selection is _OF_ORG else ""),
+        _THEIR_SESSION if selection is _OF_ORG else sql.SQL(""),
         selection.format(org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")),
     )
 
@@ -290,74 +325,85 @@ def _in_slices(
     # The default assumes a spinning disk, and scans instead of looking up.
     connection.execute("SET LOCAL random_page_cost = 1.1")
     found = list[sql.Composable]()
-    for number, query in enumerate(_explained(parts)):
+    for number, (query, hash_joins) in enumerate(_steps(parts)):
         if slices:
-            table = f"explained_{number}"
-            _create(connection, table, query, parameters)
-            found.append(sql.SQL(_OF_EXPLAINED).format(sql.Identifier(table)))
-            connection.execute(sql.SQL(_FORGET_EXPLAINED).format(sql.Identifier(table)))
+            table = sql.Identifier(f"found_{number}")
+            connection.execute(sql.SQL("SET LOCAL enable_hashjoin = {}").format(hash_joins))
+            _create(connection, f"found_{number}", query, parameters)
+            connection.execute("SET LOCAL enable_hashjoin = on")
+            connection.execute(sql.SQL(_SETTLE).format(found=table))
+            found.append(sql.SQL(_OF_FOUND).format(table))
             slices = _choose_sessions(connection, "true", parameters)
     if slices:
-        found += _looked_up(parts)
         found += [_superseded(fact, part, _OF_SESSIONS) for fact, part in parts if part.supersedes]
     return found
 
 
-def _explained(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composable]:
-    """Queries for sources by whose expected keys, or one of them, their session differs.
+def _steps(
+    parts: Collection[tuple[Fact, Projection]],
+) -> Iterable[tuple[sql.Composed, bool]]:
+    """Queries for sources and the hashes of the keys that they lack, and whether to join by hash.
 
-    Where a single fact is missing its source is found so, and no key has to be looked up.
+    A session whose difference is the xor of what was found is settled, and not looked at again.
+    Keys are looked up one by one: how many there are cannot be told beforehand, and a plan for too
+    many reads all of the fact.
     """
     if any(part.key for _, part in parts):
-        yield sql.SQL(_EXPLAINED_EVENTS).format(
-            type=sql.Literal(EVENT.type),
-            reason=sql.Literal(EVENT.reason),
-            hashes=sql.SQL(" ").join(
-                sql.SQL("WHEN {} THEN difference IN ({}, {})").format(
-                    sql.Literal(kind), sql.SQL(", ").join(hashes), sql.SQL(" # ").join(hashes)
-                )
-                for kind, hashes in _hashes_of_events().items()
-            ),
-        )
+        yield _explained_events(), True
+        yield _looked_up_events(), False
     for fact, part in parts:
         if not part.key:
-            yield sql.SQL(_EXPLAINED).format(
-                type=sql.Literal(part.source.type),
-                reason=sql.Literal(part.source.reason),
-                expected=_expected(fact, part, _OF_SESSIONS),
-                hash=_hash(fact, sql.SQL("source_key")),
-            )
+            yield _looked_up(fact, part), False
 
 
-def _looked_up(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composable]:
-    """Queries for sources of which a key is not stored."""
-    declared: dict[str, list[sql.Composed]] = {}
-    for fact, part in parts:
-        if part.key:
-            for event_type in part.event_types:
-                declared.setdefault(event_type, []).append(
-                    sql.SQL(_IS_LACKING).format(
-                        only=sql.SQL(part.only),
-                        fact=sql.Identifier(fact.table),
-                        key=sql.SQL(part.key),
-                    )
-                )
-        else:
-            yield sql.SQL(_LOOKED_UP).format(
-                type=sql.Literal(part.source.type),
-                reason=sql.Literal(part.source.reason),
-                expected=_expected(fact, part, _OF_SESSIONS),
-                fact=sql.Identifier(fact.table),
+def _explained_events() -> sql.Composed:
+    """Events of which one key, or all, are what their session differs by: no look-up is needed."""
+    return sql.SQL(_EXPLAINED_EVENTS).format(
+        type=sql.Literal(EVENT.type),
+        reason=sql.Literal(EVENT.reason),
+        is_explanation=_by_event_type(
+            (
+                kind,
+                # The first, or all of them: so each hash is computed but once.
+                sql.SQL("difference # {} IN (0, {})").format(
+                    first, sql.SQL(" # ").join(others or [sql.SQL("0")])
+                ),
             )
-    if declared:
-        yield sql.SQL(_LOOKED_UP_EVENTS).format(
-            type=sql.Literal(EVENT.type),
-            reason=sql.Literal(EVENT.reason),
-            lacking=sql.SQL(" ").join(
-                sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), sql.SQL(" OR ").join(lacking))
-                for kind, lacking in declared.items()
-            ),
+            for kind, (first, *others) in _declared_keys("{only}").items()
+        ),
+    )
+
+
+def _looked_up_events() -> sql.Composed:
+    """Events of which a declared key is not stored."""
+    stored = (
+        sql.SQL(_STORED).format(
+            fact=sql.Identifier(fact.table),
+            stored=sql.Identifier(part.name),
+            event_types=sql.SQL(", ").join(map(sql.Literal, part.event_types)),
+            only=sql.SQL(part.only),
+            key=sql.SQL(part.key),
         )
+        for fact, part in _parts_of(EVENT)
+        if part.key
+    )
+    return sql.SQL(_LOOKED_UP_EVENTS).format(
+        type=sql.Literal(EVENT.type),
+        reason=sql.Literal(EVENT.reason),
+        lacking=_xor_of_keys("{only} AND {stored}.org_id IS NULL"),
+        stored=sql.SQL(" ").join(stored),
+    )
+
+
+def _looked_up(fact: Fact, projection: Projection) -> sql.Composed:
+    """Sources of expected rows that are not stored."""
+    return sql.SQL(_LOOKED_UP).format(
+        type=sql.Literal(projection.source.type),
+        reason=sql.Literal(projection.source.reason),
+        hash=_hash(fact, "org_id", sql.SQL("source_key")),
+        expected=_expected(fact, projection, _OF_SESSIONS),
+        fact=sql.Identifier(fact.table),
+    )
 
 
 def _superseded(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -384,7 +430,8 @@ def _union_all(queries: Iterable[sql.Composable]) -> sql.Composed:
     return sql.SQL(" UNION ALL ").join(queries)
 
 
-_EVENT_ID: LiteralString = "uuid_hash_extended(source.id, %(seed)s)"
+_EVENT_ID = sql.SQL("uuid_hash_extended(source.id, %(seed)s)")
+_THEIR_SESSION = sql.SQL("JOIN sessions AS session ON session.id = source.session_id")
 
 _NOTHING = """
 SELECT NULL::text AS source_type, NULL::text AS reason, NULL::bigint AS org_id,
@@ -398,61 +445,28 @@ FROM ({expected}) AS expected
 WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 """
 
-# OFFSET: key by key. How many there are cannot be told beforehand, and a plan for too many reads
-# all of the fact.
-_LOOKED_UP = """
-SELECT {type}, {reason}, org_id, split_part(source_key, ':', 2), created_at
-FROM ({expected}) AS expected
-LEFT JOIN LATERAL (
-    SELECT true AS is_there FROM {fact} AS fact
-    WHERE fact.org_id = expected.org_id AND fact.source_key = expected.source_key
-    OFFSET 0
-) AS stored ON true
-WHERE is_there IS NULL
-"""
-
-_LOOKED_UP_EVENTS = """
-SELECT {type}, {reason}, session.org_id, source.id::text, ts
-FROM events AS source
-JOIN sessions AS session ON session.id = source.session_id
-WHERE session_id = ANY (%(sessions)s::uuid[]) AND CASE event_type {lacking} END
-"""
-
-_IS_LACKING = """
-({only} AND NOT EXISTS (
-    SELECT FROM {fact} AS fact
-    WHERE fact.org_id = session.org_id AND fact.source_key = {key}
-    OFFSET 0
-))
-"""
-
 # Whichever session is gone, nothing of it can be missing.
 _SLICES = """
 SELECT
     session_id,
-    session.org_id,
-    events = 0 AS is_read,
-    CASE WHEN first_org = last_org THEN keys # CASE WHEN events = 0 THEN digest ELSE 0 END END
-        AS difference
+    inputs = 0 AS is_read,
+    keys # CASE WHEN inputs = 0 THEN digest ELSE 0 END AS difference
 FROM (
     SELECT
         session_id,
-        min(first_org) AS first_org,
-        max(last_org) AS last_org,
-        coalesce(bit_xor(events), 0) AS events,
+        coalesce(bit_xor(inputs), 0) AS inputs,
         coalesce(bit_xor(digest), 0) AS digest,
         coalesce(bit_xor(keys), 0) AS keys
-    FROM ({parts}) AS parts (session_id, first_org, last_org, events, digest, keys)
+    FROM ({parts}) AS parts (session_id, inputs, digest, keys)
     GROUP BY session_id
 ) AS slice
-JOIN sessions AS session ON session.id = session_id
-{scope}
-WHERE events <> 0 OR keys <> digest OR first_org <> last_org
+JOIN sessions AS session ON session.id = session_id {scope}
+WHERE inputs <> 0 OR keys <> digest
 """
 
 _READ = """
-SELECT session_id, bit_xor(events) AS events, coalesce(bit_xor(keys), 0) AS keys
-FROM ({parts}) AS parts (session_id, events, keys)
+SELECT session_id, bit_xor(inputs) AS inputs, coalesce(bit_xor(keys), 0) AS keys
+FROM ({parts}) AS parts (session_id, inputs, keys)
 GROUP BY session_id
 """
 
@@ -464,14 +478,14 @@ WHERE read.session_id = slice.session_id AND NOT is_read
 """
 
 _FORGET_DIGESTS = """
-DELETE FROM everruns_pipelines.event_digests AS digest
+DELETE FROM everruns_pipelines.session_digests AS digest
 WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT is_read)
     OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
 _KEEP_DIGESTS = """
-INSERT INTO everruns_pipelines.event_digests (session_id, seed, events, keys)
-SELECT session_id, %(seed)s, events, keys
+INSERT INTO everruns_pipelines.session_digests (session_id, seed, inputs, keys)
+SELECT session_id, %(seed)s, inputs, keys
 FROM pg_temp.read
 JOIN pg_temp.slices USING (session_id)
 WHERE NOT is_read
@@ -484,31 +498,65 @@ SELECT
     session.org_id,
     source.id::text AS source_id,
     ts AS at,
-    session_id
-FROM events AS source
-JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
-    ON slice.id = source.session_id
-JOIN sessions AS session ON session.id = source.session_id
-WHERE CASE event_type {hashes} END
+    session.id AS session_id,
+    difference AS hash
+FROM sessions AS session
+JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference) USING (id)
+JOIN events AS source ON source.session_id = session.id
+WHERE session.id = ANY (%(sessions)s::uuid[]) AND {is_explanation}
 """
 
-_OF_EXPLAINED = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
-
-_FORGET_EXPLAINED = (
-    "DELETE FROM pg_temp.slices WHERE session_id IN (SELECT session_id FROM pg_temp.{})"
-)
-
-_EXPLAINED = """
+_LOOKED_UP = """
 SELECT
     {type} AS source_type,
     {reason} AS reason,
     org_id,
     split_part(source_key, ':', 2) AS source_id,
     created_at AS at,
-    session_id
+    session_id,
+    {hash} AS hash
 FROM ({expected}) AS expected
-WHERE (session_id, {hash}) IN (
-    SELECT id, difference
-    FROM unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference)
+WHERE NOT EXISTS (
+    SELECT FROM {fact} AS fact
+    WHERE fact.org_id = expected.org_id AND fact.source_key = expected.source_key
 )
+"""
+
+_LOOKED_UP_EVENTS = """
+SELECT *
+FROM (
+    SELECT
+        {type} AS source_type,
+        {reason} AS reason,
+        session.org_id,
+        source.id::text AS source_id,
+        ts AS at,
+        session.id AS session_id,
+        {lacking} AS hash
+    FROM sessions AS session
+    JOIN events AS source ON source.session_id = session.id
+    {stored}
+    WHERE session.id = ANY (%(sessions)s::uuid[])
+) AS looked_up
+WHERE hash <> 0
+"""
+
+_STORED = """
+LEFT JOIN {fact} AS {stored}
+    ON {stored}.org_id = session.org_id
+    AND {stored}.source_key = CASE WHEN event_type IN ({event_types}) AND {only} THEN {key} END
+"""
+
+_OF_FOUND = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
+
+_SETTLE = """
+WITH found AS (
+    SELECT session_id, bit_xor(hash) AS hash FROM pg_temp.{found} GROUP BY session_id
+), unsettled AS (
+    UPDATE pg_temp.slices AS slice SET difference = difference # hash
+    FROM found
+    WHERE found.session_id = slice.session_id AND difference <> hash
+)
+DELETE FROM pg_temp.slices AS slice USING found
+WHERE found.session_id = slice.session_id AND difference = hash
 """

@@ -37,12 +37,12 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
     lock_key bigint NOT NULL
 );
 
--- Which keys the events of a session make: `keys` is the xor of their hashes, `events` that of the
--- events' ids, so that it is known which events were read; `seed` is the seed of both. See
--- docs/backfill.md. Events never change; a row that is lost is made anew.
-CREATE TABLE IF NOT EXISTS everruns_pipelines.event_digests (
+-- Which keys a session and its events make: `keys` is the xor of their hashes, `inputs` that of what
+-- they were made of, so that it is known whether they still would be; `seed` is the seed of both. See
+-- docs/backfill.md. A row that is lost is made anew.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.session_digests (
     session_id uuid PRIMARY KEY,
     seed bigint NOT NULL,
-    events bigint NOT NULL,
+    inputs bigint NOT NULL,
     keys bigint NOT NULL
 );

@@ -664,9 +664,9 @@ def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
     load_adversarial_sources(connection, seed=4, sessions=5)
     ensure_schema(connection)
     _backfill(connection, dry_run=True)
-    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.event_digests") == 0
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.session_digests") == 0
     _backfill(connection)
-    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.event_digests") > 0
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.session_digests") > 0
 
 
 def test_an_event_written_since_the_events_were_read_is_missing(world: Connection) -> None:
@@ -707,7 +707,7 @@ def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: C
     assert (
         _value(
             world,
-            "SELECT count(*) FROM everruns_pipelines.event_digests"
+            "SELECT count(*) FROM everruns_pipelines.session_digests"
             " WHERE NOT EXISTS (SELECT FROM sessions WHERE id = session_id)",
         )
         == 0
@@ -716,7 +716,7 @@ def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: C
 
 def test_a_digest_of_other_projections_does_not_count(world: Connection) -> None:
     _backfill(world)
-    world.execute("UPDATE everruns_pipelines.event_digests SET seed = seed + 1, keys = keys + 1")
+    world.execute("UPDATE everruns_pipelines.session_digests SET seed = seed + 1, keys = keys + 1")
     assert _backfill(world) == NOTHING
     lost = _lose(world, "fact_turn", 1)
     assert _backfill(world)["events"] == 1
