@@ -98,6 +98,7 @@ def _enqueue_once(
             connection, sources, request.org_id, keep_digests=not request.dry_run
         )
         if request.dry_run or missing > limit:
+            connection.execute("ANALYZE pg_temp.missing")
             chosen = _choose(connection, limit)
             return chosen, chosen if request.dry_run else _write(connection)
         # There is nothing to choose: what waits already is told by writing.
@@ -173,11 +174,15 @@ def _choose(connection: Connection, limit: int, *, waiting: bool = False) -> Cou
     """Fill pg_temp.chosen; how many of each type. `waiting`: may be what waits in the outbox."""
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
     connection.execute(_statement("choose"), {"limit": limit, "waiting": waiting})
-    return Counter(row[0] for row in connection.execute("SELECT source_type FROM pg_temp.chosen"))
+    return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")
 
 
 def _write(connection: Connection) -> Counter[str]:
-    return Counter(row[0] for row in connection.execute(_statement("enqueue")))
+    return _counts(connection, _statement("enqueue"))
+
+
+def _counts(connection: Connection, query: LiteralString) -> Counter[str]:
+    return Counter(dict(connection.execute(query).fetchall()))
 
 
 @cache

@@ -86,11 +86,14 @@ LIMIT %(limit)s
 -- Whatever others have enqueued meanwhile stays as it is and is not returned. Rows are written in
 -- the same order by everybody, so that two backfills cannot wait for each other. A row that was
 -- completed begins anew: attempts that succeeded do not count towards parking it.
-INSERT INTO reporting_outbox AS outbox (org_id, source_type, source_id, source_version, reason)
-SELECT org_id, source_type, source_id, source_version, reason
-FROM pg_temp.chosen
-ORDER BY at, source_type, source_id
-ON CONFLICT (org_id, source_type, source_id, source_version, reason) DO UPDATE
-SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
-WHERE outbox.status = 'completed'
-RETURNING source_type
+WITH enqueued AS (
+    INSERT INTO reporting_outbox AS outbox (org_id, source_type, source_id, source_version, reason)
+    SELECT org_id, source_type, source_id, source_version, reason
+    FROM pg_temp.chosen
+    ORDER BY at, source_type, source_id
+    ON CONFLICT (org_id, source_type, source_id, source_version, reason) DO UPDATE
+    SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
+    WHERE outbox.status = 'completed'
+    RETURNING source_type
+)
+SELECT source_type, count(*) FROM enqueued GROUP BY source_type

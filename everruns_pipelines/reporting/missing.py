@@ -73,9 +73,7 @@ def find_missing(
     if sliced:
         _slice(connection, scope, parameters, keep_digests=keep_digests)
         found += _in_slices(connection, sliced, scope, parameters)
-    missing = _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
-    connection.execute("ANALYZE pg_temp.missing")
-    return missing
+    return _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
 
 
 def _create(
@@ -176,8 +174,8 @@ def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
     """Per session: what its keys are made of, what its digest says of them, and its facts' keys."""
     yield sql.SQL(
         "SELECT session_id, bit_xor({id}), NULL::bigint, NULL::bigint"
-        " FROM events AS source {scope} WHERE {is_projected} GROUP BY 1"
-    ).format(id=_EVENT_ID, scope=_by_session(scope), is_projected=_is_projected())
+        " FROM events AS source {scope} GROUP BY 1"
+    ).format(id=_EVENT_ID, scope=_by_session(scope))
     for inputs in _inputs_of_sessions(scope):
         yield sql.SQL("SELECT session_id, hash, NULL, NULL FROM ({}) AS session").format(inputs)
     yield sql.SQL(
@@ -199,7 +197,7 @@ def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
     """Per session: what keys are made of, and these keys."""
     yield sql.SQL(
         "SELECT session_id, bit_xor({id}), bit_xor({keys})"
-        " FROM events AS source {session} {selection} WHERE {is_projected} GROUP BY 1"
+        " FROM events AS source {session} {selection} GROUP BY 1"
     ).format(
         id=_EVENT_ID,
         keys=_xor_of_keys("{only}"),
@@ -207,7 +205,6 @@ def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
         selection=selection.format(
             org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")
         ),
-        is_projected=_is_projected(),
     )
     for inputs in _inputs_of_sessions(selection):
         yield sql.SQL("SELECT session_id, hash, NULL FROM ({}) AS session").format(inputs)
@@ -291,11 +288,6 @@ def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
     return sql.SQL("%(seed)s # ({} << 3) # {}").format(
         sql.SQL(org_id), sql.Literal(FACTS.index(fact))
     )
-
-
-def _is_projected() -> sql.Composed:
-    event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
-    return sql.SQL("event_type IN ({})").format(sql.SQL(", ").join(map(sql.Literal, event_types)))
 
 
 def _by_session(selection: sql.SQL) -> sql.Composed:

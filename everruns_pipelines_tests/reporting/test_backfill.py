@@ -657,7 +657,7 @@ def _waiting(connection: Connection) -> int:
     )
 
 
-# Digests of events.
+# Digests of sessions and their events.
 
 
 def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
@@ -696,6 +696,37 @@ def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
     added = _add_events(world, gone)
     assert _backfill(world, source_types=["event"])["enqueued"] == len(added) == gone
     assert {id_ for _, id_ in _pending(world)} == added
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "INSERT INTO agent_capabilities (agent_id, capability_id)"
+        " SELECT DISTINCT agent_id, 'new' FROM sessions WHERE agent_id IS NOT NULL LIMIT 1",
+        "INSERT INTO harness_capabilities (harness_id, capability_id)"
+        " SELECT DISTINCT harness_id, 'new' FROM sessions WHERE harness_id IS NOT NULL LIMIT 1",
+        "DELETE FROM agent_capabilities WHERE agent_id = (SELECT agent_id FROM sessions"
+        " JOIN agent_capabilities USING (agent_id) LIMIT 1)",
+        'UPDATE sessions SET capabilities = capabilities || \'[{"ref": "new"}]\''
+        " WHERE id = (SELECT min(id::text)::uuid FROM sessions)",
+        "UPDATE sessions SET agent_id = NULL WHERE id = (SELECT session.id FROM sessions AS session"
+        " JOIN agent_capabilities USING (agent_id) LIMIT 1)",
+        "UPDATE sessions SET org_id = 3 - org_id, app_id = NULL"
+        " WHERE id = (SELECT session_id FROM fact_turn WHERE org_id IN (1, 2) LIMIT 1)",
+    ],
+    ids=["agent", "harness", "less", "own", "other agent", "organization"],
+)
+def test_what_changed_of_a_session_since_it_was_read_is_missing(
+    world: Connection, change: LiteralString
+) -> None:
+    _backfill(world)
+    # What also makes the snapshot stale does not count here.
+    world.execute("ALTER TABLE sessions DISABLE TRIGGER USER")
+    assert world.execute(change).rowcount > 0
+    with_digests = _backfill(world, dry_run=True)
+    assert with_digests != NOTHING
+    world.execute("DELETE FROM everruns_pipelines.session_digests")
+    assert with_digests == _backfill(world, dry_run=True)
 
 
 def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: Connection) -> None:
