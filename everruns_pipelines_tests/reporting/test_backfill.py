@@ -701,18 +701,30 @@ def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
 @pytest.mark.parametrize(
     "change",
     [
-        "INSERT INTO agent_capabilities (agent_id, capability_id)"
-        " SELECT DISTINCT agent_id, 'new' FROM sessions WHERE agent_id IS NOT NULL LIMIT 1",
-        "INSERT INTO harness_capabilities (harness_id, capability_id)"
-        " SELECT DISTINCT harness_id, 'new' FROM sessions WHERE harness_id IS NOT NULL LIMIT 1",
-        "DELETE FROM agent_capabilities WHERE agent_id = (SELECT agent_id FROM sessions"
-        " JOIN agent_capabilities USING (agent_id) LIMIT 1)",
-        'UPDATE sessions SET capabilities = capabilities || \'[{"ref": "new"}]\''
-        " WHERE id = (SELECT min(id::text)::uuid FROM sessions)",
-        "UPDATE sessions SET agent_id = NULL WHERE id = (SELECT session.id FROM sessions AS session"
-        " JOIN agent_capabilities USING (agent_id) LIMIT 1)",
-        "UPDATE sessions SET org_id = 3 - org_id, app_id = NULL"
-        " WHERE id = (SELECT session_id FROM fact_turn WHERE org_id IN (1, 2) LIMIT 1)",
+        (
+            "INSERT INTO agent_capabilities (agent_id, capability_id)"
+            " SELECT DISTINCT agent_id, 'new' FROM sessions WHERE agent_id IS NOT NULL LIMIT 1"
+        ),
+        (
+            "INSERT INTO harness_capabilities (harness_id, capability_id)"
+            " SELECT DISTINCT harness_id, 'new' FROM sessions WHERE harness_id IS NOT NULL LIMIT 1"
+        ),
+        (
+            "DELETE FROM agent_capabilities WHERE agent_id = (SELECT agent_id FROM sessions"
+            " JOIN agent_capabilities USING (agent_id) LIMIT 1)"
+        ),
+        (
+            'UPDATE sessions SET capabilities = capabilities || \'[{"ref": "new"}]\''
+            " WHERE id = (SELECT min(id::text)::uuid FROM sessions)"
+        ),
+        (
+            "UPDATE sessions SET agent_id = NULL WHERE id = (SELECT session.id FROM sessions AS session"
+            " JOIN agent_capabilities USING (agent_id) LIMIT 1)"
+        ),
+        (
+            "UPDATE sessions SET org_id = 3 - org_id, app_id = NULL"
+            " WHERE id = (SELECT session_id FROM fact_turn WHERE org_id IN (1, 2) LIMIT 1)"
+        ),
     ],
     ids=["agent", "harness", "less", "own", "other agent", "organization"],
 )
