@@ -1,6 +1,8 @@
 """What projecting costs: against a row-by-row projector, and against a bare INSERT ... SELECT.
 
-Also what a claim costs as the queue grows, and how much memory a run takes as the data grows.
+Speeds are measured in turn, several times, and the best of each counts: the machine has other
+things to do. Also what a claim costs as the queue grows, and how much memory a run takes as the
+data grows.
 """
 
 import re
@@ -29,6 +31,7 @@ from everruns_pipelines.reporting.query import EVERYTHING, projected_rows
 from everruns_pipelines.settings import Settings
 
 SOURCE_ROWS = 200_000
+ROUNDS = 3
 ROW_BY_ROW_SAMPLE = 4_000
 CLAIM = 5_000
 MAX_ATTEMPTS = 12
@@ -50,17 +53,23 @@ def speed(home: Path) -> Generator[tuple[str, str, str, str]]:
             connection, events=SOURCE_ROWS, projected_share=0.8, enqueued_share=1.0
         )
         rows = sum(sample.sources.values())
-    with database(home, "row_by_row", like="sample") as connection:
-        connection.prepare_threshold = 5  # as an application's driver does
-        seconds, _ = timed(lambda: project_row_by_row(connection, ROW_BY_ROW_SAMPLE))
-        row_by_row = ROW_BY_ROW_SAMPLE / seconds
-    with database(home, "set", like="sample"):
-        settings = Settings.from_environment(
-            {"EVERRUNS_POSTGRES_URL": embedded_postgres_url(home, "set")}
-        )
-        set_seconds, _ = timed(lambda: project(PostgresResource(settings)))
-    with database(home, "bare", like="sample") as connection:
-        bare_seconds, _ = timed(lambda: insert_bare(connection))
+    per_row: list[float] = []
+    set_based: list[float] = []
+    bare: list[float] = []
+    for number in range(ROUNDS):
+        with database(home, f"row_by_row_{number}", like="sample") as connection:
+            connection.prepare_threshold = 5  # as an application's driver does
+            seconds, _ = timed(lambda connection=connection: project_row_by_row(connection))
+            per_row.append(seconds / ROW_BY_ROW_SAMPLE)
+        with database(home, f"set_{number}", like="sample"):
+            url = embedded_postgres_url(home, f"set_{number}")
+            settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": url})
+            seconds, _ = timed(lambda settings=settings: project(PostgresResource(settings)))
+            set_based.append(seconds)
+        with database(home, f"bare_{number}", like="sample") as connection:
+            seconds, _ = timed(lambda connection=connection: insert_bare(connection))
+            bare.append(seconds)
+    row_by_row, set_seconds, bare_seconds = 1 / min(per_row), min(set_based), min(bare)
     yield (
         f"project {rows:,} source rows, against row by row",
         f"{rows / set_seconds:,.0f} against {row_by_row:,.0f} rows/s",
@@ -150,7 +159,7 @@ def insert_bare(connection: Connection) -> None:
             )
 
 
-def project_row_by_row(connection: Connection, rows: int) -> None:
+def project_row_by_row(connection: Connection) -> None:
     """Project as an application does it: one row, one statement, one transaction at a time."""
     types = {source.type: source for source in SOURCES}
     upserts = {source.type: _upserts(source) for source in SOURCES}
@@ -159,7 +168,7 @@ def project_row_by_row(connection: Connection, rows: int) -> None:
         " claimed_at = now() WHERE id IN (SELECT id FROM reporting_outbox"
         " WHERE status = 'pending' ORDER BY next_attempt_at LIMIT %s FOR UPDATE SKIP LOCKED)"
         " RETURNING id, source_type, source_id",
-        [rows],
+        [ROW_BY_ROW_SAMPLE],
     ).fetchall()
     for outbox_id, source_type, source_id in claimed:
         event_type = None

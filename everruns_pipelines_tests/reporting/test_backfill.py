@@ -718,8 +718,8 @@ def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
             " WHERE id = (SELECT min(id::text)::uuid FROM sessions)"
         ),
         (
-            "UPDATE sessions SET agent_id = NULL WHERE id = (SELECT session.id FROM sessions AS session"
-            " JOIN agent_capabilities USING (agent_id) LIMIT 1)"
+            "UPDATE sessions SET agent_id = NULL WHERE id = (SELECT session.id"
+            " FROM sessions AS session JOIN agent_capabilities USING (agent_id) LIMIT 1)"
         ),
         (
             "UPDATE sessions SET org_id = 3 - org_id, app_id = NULL"
