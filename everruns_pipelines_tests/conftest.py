@@ -1,25 +1,37 @@
 """One embedded PostgreSQL for a whole test process; a database of its own for every test."""
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
 from dagster import DagsterInstance
 from psycopg import sql
 
-from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.embedded.servers import embedded_postgres_url, stop_server
 from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.settings import Settings
 
+_ENOUGH_MEMORY = 4 * 2**30  # bytes
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """EVERRUNS_HOME of the embedded servers that the tests use."""
-    return tmp_path_factory.mktemp("everruns")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """EVERRUNS_HOME of the embedded servers that the tests use.
+
+    In memory where there is room: a fresh database is a thousand files.
+    """
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < _ENOUGH_MEMORY:
+        yield tmp_path_factory.mktemp("everruns")
+        return
+    with TemporaryDirectory(prefix="everruns-", dir=memory) as directory:
+        yield Path(directory)
+        stop_server(Path(directory))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import fcntl
 import sys
 from pathlib import Path
 
-from everruns_pipelines.embedded.servers import KEEPER_LOCK, USERS_LOCK, open_server
+from everruns_pipelines.embedded.servers import KEEPER_LOCK, USERS_LOCK, stop_server
 
 
 def main(home: Path) -> None:
@@ -17,9 +17,7 @@ def main(home: Path) -> None:
             return
         fcntl.flock(users, fcntl.LOCK_EX)
         # Nobody uses the server now, and nobody can begin to until we let go of the lock.
-        server = open_server(home)
-        server.ensure_postgres_running()
-        server.stop()
+        stop_server(home)
 
 
 if __name__ == "__main__":

@@ -70,14 +70,22 @@ def _running_server(home: Path) -> "PostgresServer":
     # First of all: a keeper that is about to stop the server finishes before we look at it.
     _held_locks[home] = _locked(home / USERS_LOCK, fcntl.LOCK_SH)
     with _locked(home / _START_LOCK, fcntl.LOCK_EX):
-        server = open_server(home)
+        server = _opened_server(home)
         _start(server)
         _ensure_keeper(home)
         _ensure_databases(server)
     return server
 
 
-def open_server(home: Path) -> "PostgresServer":
+def stop_server(home: Path) -> None:
+    """Stop the server under `home`, whoever uses it."""
+    server = _opened_server(home)
+    # The handle then knows the process that it is to stop.
+    server.ensure_postgres_running()
+    server.stop()
+
+
+def _opened_server(home: Path) -> "PostgresServer":
     """The handle of the server under `home`, initialized but not necessarily running."""
     with warnings.catch_warnings():
         # The wheel asks for XDG_RUNTIME_DIR on import; its fallback is fine.

@@ -30,7 +30,7 @@ from everruns_pipelines_tests.reporting.recompute import (
     differences,
     expected_facts,
 )
-from everruns_pipelines_tests.reporting.world import wait_until
+from everruns_pipelines_tests.reporting.world import wait_until, waiting
 
 NOTHING = {"enqueued": 0, "events": 0, "llm_generations": 0, "sessions": 0, "usage_ledger": 0}
 EVERY_TYPE = ("event", "llm_generation", "session", "usage_ledger")
@@ -644,17 +644,9 @@ def test_a_backfill_that_deadlocks_with_the_application_is_tried_again(
         with application.transaction():
             application.execute(lock_row, [second])
             enqueuing = executor.submit(backfill)
-            wait_until(lambda: _waiting(connection) == 1, "the backfill to wait")
+            wait_until(lambda: waiting(connection) == 1, "the backfill to wait")
             application.execute(lock_row, [first])
         assert enqueuing.result(30)["enqueued"] == 2
-
-
-def _waiting(connection: Connection) -> int:
-    return _value(
-        connection,
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND wait_event_type = 'Lock'",
-    )
 
 
 # Digests of sessions and their events.

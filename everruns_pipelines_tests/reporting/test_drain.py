@@ -26,10 +26,10 @@ from everruns_pipelines_tests.reporting.world import (
     enqueue_all,
     materialize,
     rows,
-    someone_waits_for_a_lock,
     value,
     versions,
     wait_until,
+    waiting,
 )
 
 Start = Callable[[str], "subprocess.Popen[str]"]
@@ -155,7 +155,7 @@ def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
         # The batch has written its tool calls and stops before its turns.
         blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
         go(process)
-        wait_until(lambda: someone_waits_for_a_lock(connection), "the batch to be at work")
+        wait_until(lambda: waiting(connection), "the batch to be at work")
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert by_status(connection) == [("pending", 0, sources - 150), ("processing", 1, 150)]
@@ -190,12 +190,10 @@ def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
     with postgres.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
         go(process)
-        wait_until(lambda: someone_waits_for_a_lock(connection), "the batch to be at work")
+        wait_until(lambda: waiting(connection), "the batch to be at work")
         process.terminate()
         assert answer(process) == "terminated"
-        wait_until(
-            lambda: not someone_waits_for_a_lock(connection), "its statement to be cancelled"
-        )
+        wait_until(lambda: not waiting(connection), "its statement to be cancelled")
         assert versions(connection) == set()
 
     assert drain_all(connection).completed == sources
@@ -211,7 +209,7 @@ def test_a_process_of_several_projectors_finishes_its_batches_when_it_is_termina
     with postgres.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
         go(process)
-        wait_until(lambda: someone_waits_for_a_lock(connection), "a batch to be at work")
+        wait_until(lambda: waiting(connection), "a batch to be at work")
         process.terminate()
     assert answer(process) == "terminated"
 
@@ -292,7 +290,7 @@ def test_batches_that_deadlock_are_tried_again(ready_world: World) -> None:
             ThreadPoolExecutor(1) as executor,
         ):
             draining = executor.submit(drain_all, connection)
-            wait_until(lambda: someone_waits_for_a_lock(watcher), "the batch to wait")
+            wait_until(lambda: waiting(watcher), "the batch to wait")
             foreign.execute(foreign_wants)
             foreign.commit()
             assert draining.result(30).completed == 3

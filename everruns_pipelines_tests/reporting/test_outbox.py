@@ -24,9 +24,9 @@ from everruns_pipelines_tests.reporting.world import (
     enqueue_all,
     outbox,
     rows,
-    someone_waits_for_a_lock,
     value,
     wait_until,
+    waiting,
 )
 
 HOUR = timedelta(hours=1)
@@ -606,7 +606,7 @@ def test_a_change_during_a_batch_is_projected_afterwards(
         with blocker.transaction():
             blocker.execute("SELECT FROM fact_session FOR UPDATE")
             draining = pool.submit(drain_all, ours, max_rows=1)
-            wait_until(lambda: someone_waits_for_a_lock(world.connection), "the batch to write")
+            wait_until(lambda: waiting(world.connection), "the batch to write")
             world.connection.execute("UPDATE sessions SET total_input_tokens = 2")
             application_enqueues(world.connection, id_)
         assert draining.result(30).claimed == 1

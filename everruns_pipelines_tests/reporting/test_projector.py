@@ -31,10 +31,10 @@ from everruns_pipelines_tests.reporting.world import (
     enqueue_all,
     materialize,
     rows,
-    someone_waits_for_a_lock,
     value,
     versions,
     wait_until,
+    waiting,
 )
 
 _ALL = sql.SQL("SELECT {org_id}, source.id FROM {table} AS source {session}")
@@ -339,7 +339,7 @@ def test_an_older_snapshot_of_a_session_never_overwrites_one_that_was_written_me
                 [newer],
             )
             projecting = executor.submit(project_all, ours, SESSION)
-            wait_until(lambda: someone_waits_for_a_lock(world.connection), "our projection to wait")
+            wait_until(lambda: waiting(world.connection), "our projection to wait")
             assert value(world.connection, "SELECT last_active_at FROM fact_session") == NOON
         projecting.result(timeout=30)
 
@@ -364,7 +364,7 @@ def test_an_older_snapshot_of_a_session_brings_back_no_capability_that_a_newer_o
                 "UPDATE sessions SET capabilities = '[\"kept\"]' WHERE id = %s", [session]
             )
             projecting = executor.submit(project_all, second, SESSION)
-            wait_until(lambda: someone_waits_for_a_lock(world.connection), "the second to wait")
+            wait_until(lambda: waiting(world.connection), "the second to wait")
         projecting.result(timeout=30)
 
     assert rows(world.connection, "SELECT capability_id FROM fact_capability_usage") == [("kept",)]

@@ -33,6 +33,7 @@ from everruns_pipelines_tests.reporting.world import (
     value,
     versions,
     wait_until,
+    waiting,
 )
 
 CAPABILITY, SESSION_FACT, TOOL_CALL, TURN = (
@@ -492,13 +493,3 @@ def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresRes
         assert materializing.result(30) == {"read": 2, "refreshed": 2}
 
     assert differences(connection) == []
-
-
-def waiting(connection: Connection) -> int:
-    return int(
-        value(
-            connection,
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND wait_event_type = 'Lock'",
-        )
-    )

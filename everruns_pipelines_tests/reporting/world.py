@@ -237,12 +237,10 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30) 
         sleep(0.01)
 
 
-def someone_waits_for_a_lock(connection: Connection) -> bool:
-    """Whether a statement of this database waits for a lock that is held."""
-    return bool(
-        value(
-            connection,
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND wait_event_type = 'Lock'",
-        )
+def waiting(connection: Connection) -> int:
+    """How many connections to this database wait for a lock."""
+    return value(
+        connection,
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'",
     )
