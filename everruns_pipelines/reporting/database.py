@@ -24,7 +24,7 @@ _READ = {
     "archived_events": "id",
     "budgets": "id org_id subject_type subject_id",
     "declarative_capabilities": "org_id name display_name",
-    "events": "id session_id event_type data ts context",
+    "events": "id session_id event_type data ts context created_at",
     "harness_capabilities": "harness_id capability_id",
     "harnesses": "id org_id name",
     "llm_generations": "id org_id session_id turn_id model provider input_tokens output_tokens "

@@ -136,8 +136,10 @@ def _slice(
 
     `difference` is the xor of the hashes of the keys by which they do.
     """
+    parameters["oldest"] = _oldest_event(connection)
     query = sql.SQL(_SLICES).format(
-        parts=_union_all(_slice_parts(scope)), scope=scope.format(org_id=sql.SQL("session.org_id"))
+        parts=_union_all(_slice_parts(scope, is_archived=parameters["oldest"] is not None)),
+        scope=scope.format(org_id=sql.SQL("session.org_id")),
     )
     _create(connection, "slices", query, parameters)
     unread = _choose_sessions(connection, "NOT is_read", parameters)
@@ -148,6 +150,18 @@ def _slice(
         if keep_digests:
             _keep_digests(connection, parameters)
     connection.execute("DELETE FROM pg_temp.slices WHERE difference = 0")
+
+
+def _oldest_event(connection: Connection) -> str | None:
+    """When the oldest event was written, if others have been archived."""
+    row = connection.execute(
+        sql.SQL(
+            "SELECT min(created_at)::text FROM events"
+            " WHERE {} AND EXISTS (SELECT FROM archived_events)"
+        ).format(_is_projected())
+    ).fetchone()
+    assert row is not None
+    return row[0]
 
 
 def _choose_sessions(
@@ -170,8 +184,12 @@ def _choose_sessions(
     return row[0]
 
 
-def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
-    """Per session: what its keys are made of, what its digest says of them, and its facts' keys."""
+def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composable]:
+    """Per session: what its keys are made of, what its digest says of them, and its facts' keys.
+
+    Facts of archived events are no event's that is left. Most of them are older than any: these are
+    left out.
+    """
     yield sql.SQL(
         "SELECT session_id, bit_xor({id}), NULL::bigint, NULL::bigint"
         " FROM events AS source {scope} GROUP BY 1"
@@ -185,11 +203,14 @@ def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
     for fact in _sliced_facts():
         yield sql.SQL(
             "SELECT session_id, NULL, NULL, bit_xor({hash})"
-            " FROM {fact} AS source {scope} GROUP BY 1"
+            " FROM {fact} AS source {scope} {since} GROUP BY 1"
         ).format(
             hash=_hash(fact, "source.org_id", sql.SQL("source_key")),
             fact=sql.Identifier(fact.table),
             scope=scope.format(org_id=sql.SQL("source.org_id")),
+            since=sql.SQL(_SINCE_OLDEST if is_archived else "").format(
+                session=sql.Literal(f"{SESSION.type}:")
+            ),
         )
 
 
@@ -288,6 +309,11 @@ def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
     return sql.SQL("%(seed)s # ({} << 3) # {}").format(
         sql.SQL(org_id), sql.Literal(FACTS.index(fact))
     )
+
+
+def _is_projected() -> sql.Composed:
+    event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
+    return sql.SQL("event_type IN ({})").format(sql.SQL(", ").join(map(sql.Literal, event_types)))
 
 
 def _by_session(selection: sql.SQL) -> sql.Composed:
@@ -454,6 +480,10 @@ FROM (
 ) AS slice
 JOIN sessions AS session ON session.id = session_id {scope}
 WHERE inputs <> 0 OR keys <> digest
+"""
+
+_SINCE_OLDEST = """
+WHERE source.created_at >= %(oldest)s::timestamptz OR starts_with(source_key, {session})
 """
 
 _READ = """

@@ -15,6 +15,7 @@ SOURCE_COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("ts", "timestamptz", "When it happened; its day in UTC is the fact's."),
         Column("context", "jsonb", "Where in the session it happened, such as the turn."),
         Column("data", "jsonb", "What happened in detail. Only declared members are read."),
+        Column("created_at", "timestamptz", "When it was written."),
     ),
     "sessions": (
         _ID,

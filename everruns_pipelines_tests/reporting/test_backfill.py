@@ -244,6 +244,26 @@ def test_facts_of_archived_events_and_orphaned_facts_hide_nothing(world: Connect
     assert {id_ for _, id_ in _pending(world)} == lost
 
 
+def test_sessions_whose_events_are_archived_are_passed_over(world: Connection) -> None:
+    world.execute("SET LOCAL app.archival_bypass = 'true'")
+    world.execute(
+        "WITH old AS (DELETE FROM events WHERE created_at <"
+        " (SELECT percentile_disc(0.5) WITHIN GROUP (ORDER BY created_at) FROM events)"
+        " RETURNING *) INSERT INTO archived_events SELECT old.*, now() FROM old"
+    )
+    assert _backfill(world) == NOTHING
+    without_events = "session_id NOT IN (SELECT session_id FROM events)"
+    slices = f"SELECT count(*) FROM pg_temp.slices WHERE {without_events}"
+    assert _value(world, slices) == 0
+    left = "EXISTS (SELECT FROM events WHERE source_key = 'event:' || id)"
+    configured = f"source_key LIKE 'session:%' AND {without_events}"
+    lost = _lose(world, "fact_tool_call", 3, left) | _lose(
+        world, "fact_capability_usage", 1, configured
+    )
+    assert _backfill(world)["enqueued"] == len(lost) == 4
+    assert {id_ for _, id_ in _pending(world)} == lost
+
+
 def test_a_purged_session_is_not_missing(world: Connection) -> None:
     world.execute("SET LOCAL app.session_purge = 'true'")
     world.execute("DELETE FROM sessions WHERE id = (SELECT min(id::text)::uuid FROM sessions)")
