@@ -94,17 +94,9 @@ def _enqueue_once(
     with transaction(connection, work_mem=_WORK_MEM):
         if request.org_id is None and not request.dry_run:
             _lock(connection, lock_wait_seconds)
-        missing = find_missing(
-            connection, sources, request.org_id, keep_digests=not request.dry_run
-        )
-        if request.dry_run or missing > limit:
-            connection.execute("ANALYZE pg_temp.missing")
-            chosen = _choose(connection, limit)
-            return chosen, chosen if request.dry_run else _write(connection)
-        # There is nothing to choose: what waits already is told by writing.
-        _choose(connection, limit, waiting=True)
-        written = _write(connection)
-        return written, written
+        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
+        chosen = _choose(connection, limit)
+        return chosen, chosen if request.dry_run else _write(connection)
 
 
 def check(connection: "Connection | None", request: BackfillRequest) -> None:
@@ -170,10 +162,9 @@ def _lock(connection: Connection, wait_seconds: float) -> None:
         ) from None
 
 
-def _choose(connection: Connection, limit: int, *, waiting: bool = False) -> Counter[str]:
-    """Fill pg_temp.chosen; how many of each type. `waiting`: may be what waits in the outbox."""
+def _choose(connection: Connection, limit: int) -> Counter[str]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
-    connection.execute(_statement("choose"), {"limit": limit, "waiting": waiting})
+    connection.execute(_statement("choose"), {"limit": limit})
     return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")
 
 

@@ -30,7 +30,8 @@ queueable_sessions AS (
     SELECT
         session.*,
         CASE WHEN newest.status = 'completed' THEN newest.source_version ELSE version END
-            AS source_version
+            AS source_version,
+        CASE WHEN newest.status = 'completed' THEN newest.id END AS outbox_id
     FROM changed_sessions AS session
     LEFT JOIN LATERAL (
         SELECT
@@ -56,15 +57,14 @@ queueable_sessions AS (
             AND coalesce(newest.version_time, newest.updated_at) < session.updated_at
 ),
 queueable AS (
-    SELECT source_type, reason, org_id, source_id, at, source_version
+    SELECT source_type, reason, org_id, source_id, at, source_version, outbox_id
     FROM queueable_sessions
     UNION ALL
     -- Everything else has one version, its id.
-    SELECT missing.*, missing.source_id
+    SELECT missing.*, missing.source_id, outbox.id
     FROM pg_temp.missing
     LEFT JOIN reporting_outbox AS outbox
-        ON NOT %(waiting)s
-        AND outbox.org_id = missing.org_id
+        ON outbox.org_id = missing.org_id
         AND outbox.source_type = missing.source_type
         AND outbox.source_id = missing.source_id
         AND outbox.source_version = missing.source_id
@@ -74,26 +74,37 @@ queueable AS (
 )
 SELECT *
 FROM (
-    SELECT
-        queueable.*,
-        row_number() OVER (PARTITION BY source_type ORDER BY at, source_id) AS place
-    FROM queueable
-) AS placed
-ORDER BY place, source_type
-LIMIT %(limit)s
+    SELECT *
+    FROM (
+        SELECT
+            queueable.*,
+            row_number() OVER (PARTITION BY source_type ORDER BY at, source_id) AS place
+        FROM queueable
+    ) AS placed
+    ORDER BY place, source_type
+    LIMIT %(limit)s
+) AS chosen
+ORDER BY at, source_type, source_id
 
 -- name: enqueue
 -- Whatever others have enqueued meanwhile stays as it is and is not returned. Rows are written in
--- the same order by everybody, so that two backfills cannot wait for each other. A row that was
+-- the same order by everybody, so that two backfills do not wait for each other. A row that was
 -- completed begins anew: attempts that succeeded do not count towards parking it.
-WITH enqueued AS (
-    INSERT INTO reporting_outbox AS outbox (org_id, source_type, source_id, source_version, reason)
+WITH renewed AS (
+    UPDATE reporting_outbox AS outbox
+    SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
+    FROM pg_temp.chosen
+    WHERE outbox.id = outbox_id AND outbox.status = 'completed'
+    RETURNING chosen.source_type
+), added AS (
+    INSERT INTO reporting_outbox (org_id, source_type, source_id, source_version, reason)
     SELECT org_id, source_type, source_id, source_version, reason
     FROM pg_temp.chosen
+    WHERE outbox_id IS NULL
     ORDER BY at, source_type, source_id
-    ON CONFLICT (org_id, source_type, source_id, source_version, reason) DO UPDATE
-    SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
-    WHERE outbox.status = 'completed'
+    ON CONFLICT (org_id, source_type, source_id, source_version, reason) DO NOTHING
     RETURNING source_type
 )
-SELECT source_type, count(*) FROM enqueued GROUP BY source_type
+SELECT source_type, count(*)
+FROM (SELECT * FROM renewed UNION ALL SELECT * FROM added) AS enqueued
+GROUP BY source_type

@@ -49,17 +49,14 @@ def find_missing(
     org_id: int | None,
     *,
     keep_digests: bool = True,
-) -> int:
+) -> None:
     """Fill pg_temp.missing (source_type, reason, org_id, source_id, at), each source once.
 
-    Lasts until the end of the transaction.
+    It lasts until the end of the transaction, and so do the settings that the planner needs.
 
     Args:
         org_id: one organization; None for all of them.
         keep_digests: keep what was read of sessions and their events for the next time.
-
-    Returns:
-        How many sources there are.
     """
     scope = EVERYTHING if org_id is None else _OF_ORG
     parameters: dict[str, Any] = {"org_id": org_id, "seed": _seed()}
@@ -73,18 +70,19 @@ def find_missing(
     if sliced:
         _slice(connection, scope, parameters, keep_digests=keep_digests)
         found += _in_slices(connection, sliced, scope, parameters)
-    return _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
+    _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
+    connection.execute("ANALYZE pg_temp.missing")
 
 
 def _create(
     connection: Connection, table: str, query: sql.Composable, parameters: dict[str, Any]
-) -> int:
-    """Keep the rows of a query until the end of the transaction; how many there are."""
+) -> None:
+    """Keep the rows of a query until the end of the transaction."""
     name = sql.Identifier(table)
     connection.execute(sql.SQL("DROP TABLE IF EXISTS pg_temp.{}").format(name))
-    return connection.execute(
+    connection.execute(
         sql.SQL("CREATE TEMPORARY TABLE {} ON COMMIT DROP AS {}").format(name, query), parameters
-    ).rowcount
+    )
 
 
 def _lacking(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -125,14 +123,14 @@ def _sliced_facts() -> tuple[Fact, ...]:
 @cache
 def _seed() -> int:
     """The seed of all hashes: another one as soon as projections may make other keys."""
-    versions = "".join(fact.version for fact in _sliced_facts())
+    versions = "".join(f"{FACTS.index(fact)} {fact.version}" for fact in _sliced_facts())
     return int(sha256(versions.encode()).hexdigest()[:15], 16)
 
 
 def _slice(
     connection: Connection, scope: sql.SQL, parameters: dict[str, Any], *, keep_digests: bool
 ) -> None:
-    """Fill pg_temp.slices (session_id, is_read, difference): the sessions that differ.
+    """Fill pg_temp.slices (session_id, digest_holds, difference): the sessions that differ.
 
     `difference` is the xor of the hashes of the keys by which they do.
     """
@@ -142,7 +140,7 @@ def _slice(
         scope=scope.format(org_id=sql.SQL("session.org_id")),
     )
     _create(connection, "slices", query, parameters)
-    unread = _choose_sessions(connection, "NOT is_read", parameters)
+    unread = _choose_sessions(connection, "NOT digest_holds", parameters)
     if unread:
         read = _union_all(_read_parts(scope if unread > _MOST_SESSIONS else _OF_SESSIONS))
         _create(connection, "read", sql.SQL(_READ).format(parts=read), parameters)
@@ -306,7 +304,7 @@ def _hash(fact: Fact, org_id: LiteralString, key: sql.Composable) -> sql.Compose
 
 def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
     """Keys of different facts are different, and so are those of different organizations."""
-    return sql.SQL("%(seed)s # ({} << 3) # {}").format(
+    return sql.SQL("%(seed)s # ({} << 8) # {}").format(
         sql.SQL(org_id), sql.Literal(FACTS.index(fact))
     )
 
@@ -342,57 +340,55 @@ def _in_slices(
         ]
     # The default assumes a spinning disk, and scans instead of looking up.
     connection.execute("SET LOCAL random_page_cost = 1.1")
+    if slices and any(part.key for _, part in parts):
+        _create(connection, "explanations", _explanations(), parameters)
     found = list[sql.Composable]()
-    for number, (query, hash_joins) in enumerate(_steps(parts)):
+    for number, query in enumerate(_steps(parts)):
         if slices:
-            table = sql.Identifier(f"found_{number}")
-            connection.execute(sql.SQL("SET LOCAL enable_hashjoin = {}").format(hash_joins))
-            _create(connection, f"found_{number}", query, parameters)
+            table = f"found_{number}"
+            # Key by key: how many there are cannot be told beforehand, and a plan for too many
+            # reads all of the fact.
+            connection.execute("SET LOCAL enable_hashjoin = off")
+            _create(connection, table, query, parameters)
             connection.execute("SET LOCAL enable_hashjoin = on")
-            connection.execute(sql.SQL(_SETTLE).format(found=table))
-            found.append(sql.SQL(_OF_FOUND).format(table))
+            connection.execute(sql.SQL(_SETTLE).format(found=sql.Identifier(table)))
+            found.append(sql.SQL(_OF_FOUND).format(sql.Identifier(table)))
             slices = _choose_sessions(connection, "true", parameters)
     if slices:
         found += [_superseded(fact, part, _OF_SESSIONS) for fact, part in parts if part.supersedes]
     return found
 
 
-def _steps(
-    parts: Collection[tuple[Fact, Projection]],
-) -> Iterable[tuple[sql.Composed, bool]]:
-    """Queries for sources and the hashes of the keys that they lack, and whether to join by hash.
-
-    A session whose difference is the xor of what was found is settled, and not looked at again.
-    Keys are looked up one by one: how many there are cannot be told beforehand, and a plan for too
-    many reads all of the fact.
-    """
-    if any(part.key for _, part in parts):
-        yield _explained_events(), True
-        yield _looked_up_events(), False
-    for fact, part in parts:
-        if not part.key:
-            yield _looked_up(fact, part), False
-
-
-def _explained_events() -> sql.Composed:
-    """Events of which one key, or all, are what their session differs by: no look-up is needed."""
-    return sql.SQL(_EXPLAINED_EVENTS).format(
-        type=sql.Literal(EVENT.type),
-        reason=sql.Literal(EVENT.reason),
-        is_explanation=_by_event_type(
+def _explanations() -> sql.Composed:
+    """Events whose first key, or all of whose keys, are what their session differs by."""
+    return sql.SQL(_EXPLANATIONS).format(
+        _by_event_type(
             (
                 kind,
-                # The first, or all of them: so each hash is computed but once.
+                # Each hash is computed but once.
                 sql.SQL("difference # {} IN (0, {})").format(
                     first, sql.SQL(" # ").join(others or [sql.SQL("0")])
                 ),
             )
             for kind, (first, *others) in _declared_keys("{only}").items()
-        ),
+        )
     )
 
 
-def _looked_up_events() -> sql.Composed:
+def _steps(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composed]:
+    """Queries for sources and the hashes of the keys that they lack, the cheapest first.
+
+    A session whose difference is the xor of what was found is settled, and not looked at again.
+    """
+    if any(part.key for _, part in parts):
+        yield _looked_up_events(_OF_EXPLANATIONS)
+        yield _looked_up_events(_OF_THE_REST)
+    for fact, part in parts:
+        if not part.key:
+            yield _looked_up(fact, part)
+
+
+def _looked_up_events(events: LiteralString) -> sql.Composed:
     """Events of which a declared key is not stored."""
     stored = (
         sql.SQL(_STORED).format(
@@ -409,6 +405,7 @@ def _looked_up_events() -> sql.Composed:
         type=sql.Literal(EVENT.type),
         reason=sql.Literal(EVENT.reason),
         lacking=_xor_of_keys("{only} AND {stored}.org_id IS NULL"),
+        events=sql.SQL(events),
         stored=sql.SQL(" ").join(stored),
     )
 
@@ -467,7 +464,7 @@ WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 _SLICES = """
 SELECT
     session_id,
-    inputs = 0 AS is_read,
+    inputs = 0 AS digest_holds,
     keys # CASE WHEN inputs = 0 THEN digest ELSE 0 END AS difference
 FROM (
     SELECT
@@ -496,12 +493,12 @@ _TAKE_IN = """
 UPDATE pg_temp.slices AS slice
 SET difference = difference # keys
 FROM pg_temp.read
-WHERE read.session_id = slice.session_id AND NOT is_read
+WHERE read.session_id = slice.session_id AND NOT digest_holds
 """
 
 _FORGET_DIGESTS = """
 DELETE FROM everruns_pipelines.session_digests AS digest
-WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT is_read)
+WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT digest_holds)
     OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
@@ -510,22 +507,27 @@ INSERT INTO everruns_pipelines.session_digests (session_id, seed, inputs, keys)
 SELECT session_id, %(seed)s, inputs, keys
 FROM pg_temp.read
 JOIN pg_temp.slices USING (session_id)
-WHERE NOT is_read
+WHERE NOT digest_holds
 """
 
-_EXPLAINED_EVENTS = """
-SELECT
-    {type} AS source_type,
-    {reason} AS reason,
-    session.org_id,
-    source.id::text AS source_id,
-    ts AS at,
-    session.id AS session_id,
-    difference AS hash
+# Such an event is likely to be what is missing, and few others have to be looked up.
+_EXPLANATIONS = """
+SELECT source.*
 FROM sessions AS session
 JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference) USING (id)
 JOIN events AS source ON source.session_id = session.id
-WHERE session.id = ANY (%(sessions)s::uuid[]) AND {is_explanation}
+WHERE session.id = ANY (%(sessions)s::uuid[]) AND {}
+"""
+
+_OF_EXPLANATIONS: LiteralString = """
+pg_temp.explanations AS source
+JOIN sessions AS session ON session.id = source.session_id
+"""
+
+_OF_THE_REST: LiteralString = """
+sessions AS session
+JOIN events AS source
+    ON source.session_id = session.id AND session.id = ANY (%(sessions)s::uuid[])
 """
 
 _LOOKED_UP = """
@@ -555,10 +557,8 @@ FROM (
         ts AS at,
         session.id AS session_id,
         {lacking} AS hash
-    FROM sessions AS session
-    JOIN events AS source ON source.session_id = session.id
+    FROM {events}
     {stored}
-    WHERE session.id = ANY (%(sessions)s::uuid[])
 ) AS looked_up
 WHERE hash <> 0
 """

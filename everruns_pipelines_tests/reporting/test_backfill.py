@@ -224,6 +224,11 @@ def test_a_fact_moved_to_another_organization_is_missing(
 
 
 def test_a_fact_that_names_another_session_is_not_missing(world: Connection) -> None:
+    world.execute(
+        "UPDATE fact_turn SET session_id = NULL WHERE source_key = 'event:'"
+        " || (SELECT id FROM events WHERE event_type = 'turn.completed' LIMIT 1)"
+    )
+    assert _backfill(world) == NOTHING
     world.execute("UPDATE fact_turn SET session_id = NULL")
     world.execute("UPDATE fact_tool_call SET session_id = gen_random_uuid()")
     assert _backfill(world) == NOTHING
@@ -262,6 +267,26 @@ def test_sessions_whose_events_are_archived_are_passed_over(world: Connection) -
     )
     assert _backfill(world)["enqueued"] == len(lost) == 4
     assert {id_ for _, id_ in _pending(world)} == lost
+
+
+def test_an_event_that_happened_before_the_oldest_was_written_is_not_missing(
+    world: Connection,
+) -> None:
+    """Once events are archived, facts are passed over by the time at which events were written."""
+    world.execute("SET LOCAL session_replication_role = replica")
+    for table, time in (("events", "ts"), ("fact_turn", "created_at")):
+        world.execute(
+            sql.SQL("UPDATE {0} SET {1} = {1} - interval '5 ms'").format(
+                sql.Identifier(table), sql.Identifier(time)
+            )
+        )
+    world.execute(
+        "WITH old AS (DELETE FROM events WHERE created_at <"
+        " (SELECT min(created_at) FROM events WHERE event_type = 'turn.completed')"
+        " RETURNING *) INSERT INTO archived_events SELECT old.*, now() FROM old"
+    )
+    assert _value(world, "SELECT count(*) FROM archived_events") > 0
+    assert _backfill(world, source_types=["event"]) == NOTHING
 
 
 def test_a_purged_session_is_not_missing(world: Connection) -> None:
@@ -667,6 +692,19 @@ def test_a_backfill_that_deadlocks_with_the_application_is_tried_again(
             wait_until(lambda: waiting(connection) == 1, "the backfill to wait")
             application.execute(lock_row, [first])
         assert enqueuing.result(30)["enqueued"] == 2
+
+
+def test_a_backfill_does_not_wait_for_a_projector_nor_enqueue_what_it_has_done(
+    connection: Connection, postgres_url: str
+) -> None:
+    _load_projected_sample(connection)
+    _lose(connection, "fact_turn", 3)
+    _backfill(connection)
+    connection.execute("UPDATE reporting_outbox SET status = 'processing', claimed_at = now()")
+    with psycopg.connect(postgres_url) as projector:
+        projector.execute("UPDATE reporting_outbox SET status = 'completed'")
+        connection.execute("SET lock_timeout = '1s'")
+        assert _backfill(connection) == NOTHING
 
 
 # Digests of sessions and their events.
