@@ -70,8 +70,11 @@ def find_missing(
     if sliced:
         _slice(connection, scope, parameters, keep_digests=keep_digests)
         found += _in_slices(connection, sliced, scope, parameters)
-    _create(connection, "missing", sql.SQL(" UNION ").join(found), parameters)
-    connection.execute("ANALYZE pg_temp.missing")
+    # In the order of the outbox's index, in which they will be looked up.
+    everything = sql.SQL("{} ORDER BY org_id, source_type, source_id").format(
+        sql.SQL(" UNION ").join(found)
+    )
+    _create(connection, "missing", everything, parameters)
 
 
 def _create(
@@ -512,7 +515,7 @@ WHERE NOT digest_holds
 
 # Such an event is likely to be what is missing, and few others have to be looked up.
 _EXPLANATIONS = """
-SELECT source.*
+SELECT session.org_id, source.*
 FROM sessions AS session
 JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference) USING (id)
 JOIN events AS source ON source.session_id = session.id
@@ -520,8 +523,7 @@ WHERE session.id = ANY (%(sessions)s::uuid[]) AND {}
 """
 
 _OF_EXPLANATIONS: LiteralString = """
-pg_temp.explanations AS source
-JOIN sessions AS session ON session.id = source.session_id
+pg_temp.explanations AS source CROSS JOIN LATERAL (SELECT source.org_id) AS session
 """
 
 _OF_THE_REST: LiteralString = """
@@ -555,7 +557,7 @@ FROM (
         session.org_id,
         source.id::text AS source_id,
         ts AS at,
-        session.id AS session_id,
+        source.session_id,
         {lacking} AS hash
     FROM {events}
     {stored}
