@@ -343,7 +343,7 @@ def _in_slices(
         ]
     # The default assumes a spinning disk, and scans instead of looking up.
     connection.execute("SET LOCAL random_page_cost = 1.1")
-    if slices and any(part.key for _, part in parts):
+    if slices and any(part.source is EVENT for _, part in parts):
         _create(connection, "explanations", _explanations(), parameters)
     found = list[sql.Composable]()
     for number, query in enumerate(_steps(parts)):
@@ -383,12 +383,14 @@ def _steps(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composed]
 
     A session whose difference is the xor of what was found is settled, and not looked at again.
     """
-    if any(part.key for _, part in parts):
+    of_events = [part for part in parts if part[1].source is EVENT]
+    of_sessions = [part for part in parts if part[1].source is SESSION]
+    if of_events:
         yield _looked_up_events(_OF_EXPLANATIONS)
+        # Few events say themselves which keys they make.
+        yield from (_looked_up(fact, part) for fact, part in of_events if not part.key)
         yield _looked_up_events(_OF_THE_REST)
-    for fact, part in parts:
-        if not part.key:
-            yield _looked_up(fact, part)
+    yield from (_looked_up(fact, part) for fact, part in of_sessions)
 
 
 def _looked_up_events(events: LiteralString) -> sql.Composed:
