@@ -278,7 +278,7 @@ def _declared_keys(condition: LiteralString) -> dict[str, list[sql.Composed]]:
             key = sql.SQL(part.key)
             hash_of_key = sql.SQL("CASE WHEN {} THEN {} ELSE 0 END").format(
                 sql.SQL(condition).format(
-                    only=sql.SQL(part.only), stored=sql.Identifier(part.name)
+                    only=sql.SQL(part.only), fact=sql.Identifier(fact.table), key=key
                 ),
                 _hash(fact, "session.org_id", key),
             )
@@ -349,11 +349,7 @@ def _in_slices(
     for number, query in enumerate(_steps(parts)):
         if slices:
             table = f"found_{number}"
-            # Key by key: how many there are cannot be told beforehand, and a plan for too many
-            # reads all of the fact.
-            connection.execute("SET LOCAL enable_hashjoin = off")
             _create(connection, table, query, parameters)
-            connection.execute("SET LOCAL enable_hashjoin = on")
             connection.execute(sql.SQL(_SETTLE).format(found=sql.Identifier(table)))
             found.append(sql.SQL(_OF_FOUND).format(sql.Identifier(table)))
             slices = _choose_sessions(connection, "true", parameters)
@@ -395,23 +391,11 @@ def _steps(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composed]
 
 def _looked_up_events(events: LiteralString) -> sql.Composed:
     """Events of which a declared key is not stored."""
-    stored = (
-        sql.SQL(_STORED).format(
-            fact=sql.Identifier(fact.table),
-            stored=sql.Identifier(part.name),
-            event_types=sql.SQL(", ").join(map(sql.Literal, part.event_types)),
-            only=sql.SQL(part.only),
-            key=sql.SQL(part.key),
-        )
-        for fact, part in _parts_of(EVENT)
-        if part.key
-    )
     return sql.SQL(_LOOKED_UP_EVENTS).format(
         type=sql.Literal(EVENT.type),
         reason=sql.Literal(EVENT.reason),
-        lacking=_xor_of_keys("{only} AND {stored}.org_id IS NULL"),
+        lacking=_xor_of_keys(_IS_LACKING),
         events=sql.SQL(events),
-        stored=sql.SQL(" ").join(stored),
     )
 
 
@@ -534,6 +518,8 @@ JOIN events AS source
     ON source.session_id = session.id AND session.id = ANY (%(sessions)s::uuid[])
 """
 
+# OFFSET: key by key. How many there are cannot be told beforehand, and a plan for too many reads
+# all of the fact.
 _LOOKED_UP = """
 SELECT
     {type} AS source_type,
@@ -544,10 +530,12 @@ SELECT
     session_id,
     {hash} AS hash
 FROM ({expected}) AS expected
-WHERE NOT EXISTS (
-    SELECT FROM {fact} AS fact
+LEFT JOIN LATERAL (
+    SELECT true AS is_there FROM {fact} AS fact
     WHERE fact.org_id = expected.org_id AND fact.source_key = expected.source_key
-)
+    OFFSET 0
+) AS stored ON true
+WHERE is_there IS NULL
 """
 
 _LOOKED_UP_EVENTS = """
@@ -562,15 +550,17 @@ FROM (
         source.session_id,
         {lacking} AS hash
     FROM {events}
-    {stored}
+    OFFSET 0
 ) AS looked_up
 WHERE hash <> 0
 """
 
-_STORED = """
-LEFT JOIN {fact} AS {stored}
-    ON {stored}.org_id = session.org_id
-    AND {stored}.source_key = CASE WHEN event_type IN ({event_types}) AND {only} THEN {key} END
+_IS_LACKING = """
+{only} AND NOT EXISTS (
+    SELECT FROM {fact} AS fact
+    WHERE fact.org_id = session.org_id AND fact.source_key = {key}
+    OFFSET 0
+)
 """
 
 _OF_FOUND = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
