@@ -87,9 +87,10 @@ FROM (
 ORDER BY at, source_type, source_id
 
 -- name: enqueue
--- Whatever others have enqueued meanwhile stays as it is and is not returned. Rows are written in
--- the same order by everybody, so that two backfills do not wait for each other. A row that was
--- completed begins anew: attempts that succeeded do not count towards parking it.
+-- Whatever others have enqueued meanwhile stays as it is and is not counted. Rows are written in the
+-- order of `chosen`, which two backfills share, so that they seldom deadlock (then one is done
+-- again). A row that was completed begins anew: attempts that succeeded do not count towards
+-- parking it.
 WITH renewed AS (
     UPDATE reporting_outbox AS outbox
     SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()

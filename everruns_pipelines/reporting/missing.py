@@ -154,12 +154,13 @@ def _slice(
 
 
 def _oldest_event(connection: Connection) -> str | None:
-    """When the oldest event was written, if others have been archived."""
+    """When the oldest event that projects was written, if others have been archived."""
+    event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
     row = connection.execute(
         sql.SQL(
             "SELECT min(created_at)::text FROM events"
-            " WHERE {} AND EXISTS (SELECT FROM archived_events)"
-        ).format(_is_projected())
+            " WHERE event_type IN ({}) AND EXISTS (SELECT FROM archived_events)"
+        ).format(sql.SQL(", ").join(map(sql.Literal, event_types)))
     ).fetchone()
     assert row is not None
     return row[0]
@@ -188,8 +189,8 @@ def _choose_sessions(
 def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composable]:
     """Per session: what its keys are made of, what its digest says of them, and its facts' keys.
 
-    Facts of archived events are no event's that is left. Most of them are older than any: these are
-    left out.
+    Facts older than every event are left out: those of archived events. A cutoff that leaves out
+    others makes sessions differ, which costs look-ups, but hides nothing.
     """
     yield sql.SQL(
         "SELECT session_id, bit_xor({id}), NULL::bigint, NULL::bigint"
@@ -312,11 +313,6 @@ def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
     )
 
 
-def _is_projected() -> sql.Composed:
-    event_types = dict.fromkeys(kind for _, part in _parts_of(EVENT) for kind in part.event_types)
-    return sql.SQL("event_type IN ({})").format(sql.SQL(", ").join(map(sql.Literal, event_types)))
-
-
 def _by_session(selection: sql.SQL) -> sql.Composed:
     """A selection of rows that have no organization of their own; joins no more than it needs."""
     return sql.SQL("{} {}").format(
@@ -359,7 +355,10 @@ def _in_slices(
 
 
 def _explanations() -> sql.Composed:
-    """Events whose first key, or all of whose keys, are what their session differs by."""
+    """Events whose first key, or all of whose keys, are what their session differs by.
+
+    They are likely to be what is missing; it is still to be looked up.
+    """
     return sql.SQL(_EXPLANATIONS).format(
         _by_event_type(
             (
@@ -499,9 +498,8 @@ JOIN pg_temp.slices USING (session_id)
 WHERE NOT digest_holds
 """
 
-# Such an event is likely to be what is missing, and few others have to be looked up.
 _EXPLANATIONS = """
-SELECT session.org_id, source.*
+SELECT source.*
 FROM sessions AS session
 JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference) USING (id)
 JOIN events AS source ON source.session_id = session.id
@@ -509,7 +507,8 @@ WHERE session.id = ANY (%(sessions)s::uuid[]) AND {}
 """
 
 _OF_EXPLANATIONS: LiteralString = """
-pg_temp.explanations AS source CROSS JOIN LATERAL (SELECT source.org_id) AS session
+pg_temp.explanations AS source
+JOIN sessions AS session ON session.id = source.session_id
 """
 
 _OF_THE_REST: LiteralString = """

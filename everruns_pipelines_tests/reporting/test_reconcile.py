@@ -1,6 +1,5 @@
 """Days: whatever their state, materializing makes them right; comparing says how they are."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any
@@ -383,10 +382,6 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
     world.enqueue(1, "session", session)
     [fact] = rows(connection, "SELECT org_id, source_key FROM fact_capability_usage")
 
-    def run(task: Callable[[Connection], Any]) -> Any:
-        with postgres.connect() as own:
-            return task(own)
-
     with postgres.connect() as blocker, ThreadPoolExecutor(2) as executor:
         with blocker.transaction():
             blocker.execute(
@@ -394,13 +389,13 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
                 " FOR UPDATE",
                 fact,
             )
-            materializing = executor.submit(run, lambda own: materialized(own, CAPABILITY))
+            materializing = executor.submit(materialized_apart, postgres, CAPABILITY)
             wait_until(lambda: waiting(connection) == 1, "the day to be about to remove the row")
             connection.execute(configure, ['["back"]', session])
-            draining = executor.submit(run, drain_all)
+            draining = executor.submit(drained_apart, postgres)
             wait_until(lambda: waiting(connection) == 2 or draining.done(), "the projector")
         materializing.result(30)
-        assert draining.result(30).completed == 1
+        assert draining.result(30) == 1
 
     assert differences(connection) == []
 
@@ -419,21 +414,13 @@ def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays
     def lose(*_: int) -> None:
         connection.execute(configure, ["[]"])
 
-    def remove_leftovers() -> None:
-        with postgres.connect() as own:
-            materialized(own, CAPABILITY, on_step=lose)
-
-    def project() -> int:
-        with postgres.connect() as own:
-            return drain_all(own).completed
-
     with postgres.connect() as blocker, ThreadPoolExecutor(2) as executor:
         with blocker.transaction():
             blocker.execute("SELECT FROM fact_capability_usage FOR UPDATE")
-            removing = executor.submit(remove_leftovers)
+            removing = executor.submit(materialized_apart, postgres, CAPABILITY, on_step=lose)
             wait_until(lambda: waiting(connection) == 1, "the row to be about to be removed")
             connection.execute(configure, ['["back"]'])
-            projecting = executor.submit(project)
+            projecting = executor.submit(drained_apart, postgres)
             wait_until(lambda: waiting(connection) == 2 or projecting.done(), "the projector")
         removing.result(30)
         assert projecting.result(30) == 1
@@ -452,15 +439,11 @@ def test_removing_leftovers_is_tried_again_when_it_deadlocks(
     def lose(*_: int) -> None:
         connection.execute("UPDATE sessions SET capabilities = '[]'")
 
-    def run() -> dict[str, int]:
-        with postgres.connect() as own:
-            return materialized(own, CAPABILITY, on_step=lose)
-
     with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
         foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
         with foreign.transaction():
             foreign.execute("SELECT FROM fact_capability_usage FOR UPDATE")
-            removing = executor.submit(run)
+            removing = executor.submit(materialized_apart, postgres, CAPABILITY, on_step=lose)
             wait_until(lambda: waiting(connection) == 1, "the day to wait")
             lock_sessions(foreign)
         assert removing.result(30) == {"read": 1, "unchanged": 1, "removed": 1}
@@ -479,17 +462,25 @@ def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresRes
     connection.execute("UPDATE fact_tool_call SET tool_status = 'stale'")
     lock_fact = "SELECT FROM fact_tool_call WHERE source_key = %s FOR UPDATE"
 
-    def run() -> dict[str, int]:
-        with postgres.connect() as own:
-            return materialized(own, TOOL_CALL)
-
     with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
         foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
         with foreign.transaction():
             foreign.execute(lock_fact, [second])
-            materializing = executor.submit(run)
+            materializing = executor.submit(materialized_apart, postgres, TOOL_CALL)
             wait_until(lambda: waiting(connection) == 1, "the day to wait")
             foreign.execute(lock_fact, [first])
         assert materializing.result(30) == {"read": 2, "refreshed": 2}
 
     assert differences(connection) == []
+
+
+def materialized_apart(postgres: PostgresResource, fact: Fact, **options: Any) -> dict[str, int]:
+    """What `materialized` tells, on a connection of its own."""
+    with postgres.connect() as own:
+        return materialized(own, fact, **options)
+
+
+def drained_apart(postgres: PostgresResource) -> int:
+    """How many rows were completed, on a connection of its own."""
+    with postgres.connect() as own:
+        return drain_all(own).completed
