@@ -45,7 +45,7 @@ _OUTBOX = (
 )
 _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
 _OWN_TABLES = (
-    "everruns_pipelines.session_digests",
+    "everruns_pipelines.key_digests",
     "everruns_pipelines.fact_rejections",
     "everruns_pipelines.outbox_claims",
 )

@@ -1,15 +1,15 @@
 """Finds every source that lacks a fact, has a stale one, or one too many. See docs/backfill.md.
 
-Facts of events are by far the most, so they are first compared session by session: the xor of the
-hashes of all keys that a session must have and of all that it has is 0 if, and but for a chance of
-2^-64 only if, they are the same. Only of sessions that differ are keys looked up.
+Facts of events are by far the most, so they are first compared session by session, fact by fact:
+the xor of the hashes of all keys that a session must have and of all that it has is 0 if, and but
+for a chance of 2^-64 only if, they are the same. Only where it is not are keys looked up.
 
 Which keys a session and its events make is read once and kept as a digest. A digest says what it
 was made of, by the ids of the events, which never change, and by what of the session matters; it
 counts for exactly that.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from hashlib import sha256
 from typing import Any, LiteralString
@@ -133,24 +133,35 @@ def _seed() -> int:
 def _slice(
     connection: Connection, scope: sql.SQL, parameters: dict[str, Any], *, keep_digests: bool
 ) -> None:
-    """Fill pg_temp.slices (session_id, digest_holds, difference): the sessions that differ.
+    """Fill pg_temp.slices (session_id, digest_holds, and each fact): sessions, and how they differ.
 
-    `difference` is the xor of the hashes of the keys by which they do.
+    The value of a fact is the xor of the hashes of the keys of it by which the session differs.
     """
     parameters["oldest"] = _oldest_event(connection)
     query = sql.SQL(_SLICES).format(
+        differences=_each_fact("coalesce(bit_xor({fact}), 0) AS {fact}"),
+        facts=_each_fact("{fact}"),
         parts=_union_all(_slice_parts(scope, is_archived=parameters["oldest"] is not None)),
         scope=scope.format(org_id=sql.SQL("session.org_id")),
+        differs=_differs(_sliced_facts()),
     )
     _create(connection, "slices", query, parameters)
-    unread = _choose_sessions(connection, "NOT digest_holds", parameters)
+    unread = _choose_sessions(connection, sql.SQL("NOT digest_holds"), parameters)
     if unread:
-        read = _union_all(_read_parts(scope if unread > _MOST_SESSIONS else _OF_SESSIONS))
-        _create(connection, "read", sql.SQL(_READ).format(parts=read), parameters)
-        connection.execute(_TAKE_IN)
+        read = sql.SQL(_READ).format(
+            keys=_each_fact("coalesce(bit_xor({fact}), 0) AS {fact}"),
+            parts=_union_all(_read_parts(scope if unread > _MOST_SESSIONS else _OF_SESSIONS)),
+            facts=_each_fact("{fact}"),
+        )
+        _create(connection, "read", read, parameters)
+        connection.execute(
+            sql.SQL(_TAKE_IN).format(
+                _each_fact("{fact} = slice.{fact} # read.{fact} # coalesce(keys[{position}], 0)")
+            ),
+            parameters,
+        )
         if keep_digests:
             _keep_digests(connection, parameters)
-    connection.execute("DELETE FROM pg_temp.slices WHERE difference = 0")
 
 
 def _oldest_event(connection: Connection) -> str | None:
@@ -167,7 +178,7 @@ def _oldest_event(connection: Connection) -> str | None:
 
 
 def _choose_sessions(
-    connection: Connection, condition: LiteralString, parameters: dict[str, Any]
+    connection: Connection, condition: sql.Composable, parameters: dict[str, Any]
 ) -> int:
     """Make slices the sessions of `_OF_SESSIONS`, unless they are too many; how many there are.
 
@@ -175,39 +186,65 @@ def _choose_sessions(
     """
     row = connection.execute(
         sql.SQL(
-            "SELECT count(*), array_agg(session_id) FILTER (WHERE number <= {most})::text,"
-            " array_agg(difference) FILTER (WHERE number <= {most})::text FROM ("
-            "SELECT *, row_number() OVER () AS number FROM pg_temp.slices WHERE {condition}"
-            ") AS slice"
-        ).format(most=sql.Literal(_MOST_SESSIONS), condition=sql.SQL(condition))
+            "SELECT count(*), array_agg(session_id)::text, {differences}"
+            " FROM (SELECT * FROM pg_temp.slices WHERE {condition} LIMIT {most} + 1) AS slice"
+        ).format(
+            differences=_each_fact("array_agg({fact})::text"),
+            condition=condition,
+            most=sql.Literal(_MOST_SESSIONS),
+        )
     ).fetchone()
     assert row is not None
-    parameters["sessions"], parameters["differences"] = (value or "{}" for value in row[1:])
+    names = ("sessions", *(fact.table for fact in _sliced_facts()))
+    parameters.update((name, value or "{}") for name, value in zip(names, row[1:], strict=True))
     return row[0]
 
 
+def _differs(facts: Iterable[Fact]) -> sql.Composed:
+    """Which slices differ in any of the facts."""
+    return sql.SQL(" OR ").join(sql.SQL("{} <> 0").format(sql.Identifier(f.table)) for f in facts)
+
+
+def _each_fact(text: LiteralString) -> sql.Composed:
+    """The text once for each fact that is sliced: its column, parameter, or place in a digest."""
+    return sql.SQL(", ").join(
+        sql.SQL(text).format(
+            fact=sql.Identifier(fact.table),
+            parameter=sql.Placeholder(fact.table),
+            position=sql.Literal(position),
+        )
+        for position, fact in enumerate(_sliced_facts(), start=1)
+    )
+
+
+def _keys_of(values: Mapping[Fact, sql.Composable]) -> sql.Composed:
+    """The columns of a part that knows the keys of these facts."""
+    return sql.SQL(", ").join(values.get(fact, sql.SQL("NULL::bigint")) for fact in _sliced_facts())
+
+
 def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composable]:
-    """Per session: what its keys are made of, what its digest says of them, and its facts' keys.
+    """Per session: what its keys are made of, and the keys of its digest and of its facts.
 
     Facts older than every event are left out: those of archived events. A cutoff that leaves out
     others makes sessions differ, which costs look-ups, but hides nothing.
     """
     yield sql.SQL(
-        "SELECT session_id, bit_xor({id}), NULL::bigint, NULL::bigint"
-        " FROM events AS source {scope} GROUP BY 1"
-    ).format(id=_EVENT_ID, scope=_by_session(scope))
+        "SELECT session_id, bit_xor({id}), {no_keys} FROM events AS source {scope} GROUP BY 1"
+    ).format(id=_EVENT_ID, no_keys=_keys_of({}), scope=_by_session(scope))
     for inputs in _inputs_of_sessions(scope):
-        yield sql.SQL("SELECT session_id, hash, NULL, NULL FROM ({}) AS session").format(inputs)
+        yield sql.SQL("SELECT session_id, hash, {no_keys} FROM ({inputs}) AS session").format(
+            no_keys=_keys_of({}), inputs=inputs
+        )
     yield sql.SQL(
-        "SELECT session_id, inputs, keys, NULL"
-        " FROM everruns_pipelines.session_digests AS source {scope} WHERE seed = %(seed)s"
-    ).format(scope=_by_session(scope))
+        "SELECT session_id, inputs, {keys}"
+        " FROM everruns_pipelines.key_digests AS source {scope} WHERE seed = %(seed)s"
+    ).format(keys=_each_fact("keys[{position}]"), scope=_by_session(scope))
     for fact in _sliced_facts():
+        keys = sql.SQL("bit_xor({})").format(_hash(fact, "source.org_id", sql.SQL("source_key")))
         yield sql.SQL(
-            "SELECT session_id, NULL, NULL, bit_xor({hash})"
-            " FROM {fact} AS source {scope} {since} GROUP BY 1"
+            "SELECT session_id, NULL, {keys} FROM {fact} AS source {scope} {since} GROUP BY 1"
         ).format(
-            hash=_hash(fact, "source.org_id", sql.SQL("source_key")),
+            keys=_keys_of({fact: keys}),
             fact=sql.Identifier(fact.table),
             scope=scope.format(org_id=sql.SQL("source.org_id")),
             since=sql.SQL(_SINCE_OLDEST if is_archived else "").format(
@@ -218,27 +255,30 @@ def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composabl
 
 def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
     """Per session: what keys are made of, and these keys."""
+    declared = {
+        fact: sql.SQL("bit_xor({})").format(keys) for fact, keys in _declared_keys("{only}").items()
+    }
     yield sql.SQL(
-        "SELECT session_id, bit_xor({id}), bit_xor({keys})"
+        "SELECT session_id, bit_xor({id}), {keys}"
         " FROM events AS source {session} {selection} GROUP BY 1"
     ).format(
         id=_EVENT_ID,
-        keys=_xor_of_keys("{only}"),
+        keys=_keys_of(declared),
         session=_THEIR_SESSION,
         selection=selection.format(
             org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")
         ),
     )
     for inputs in _inputs_of_sessions(selection):
-        yield sql.SQL("SELECT session_id, hash, NULL FROM ({}) AS session").format(inputs)
+        yield sql.SQL("SELECT session_id, hash, {no_keys} FROM ({inputs}) AS session").format(
+            no_keys=_keys_of({}), inputs=inputs
+        )
     for fact, part in (*_parts_of(EVENT), *_parts_of(SESSION)):
         if not part.key:
+            keys = sql.SQL("bit_xor({})").format(_hash(fact, "org_id", sql.SQL("source_key")))
             yield sql.SQL(
-                "SELECT session_id, NULL, bit_xor({hash}) FROM ({expected}) AS expected GROUP BY 1"
-            ).format(
-                hash=_hash(fact, "org_id", sql.SQL("source_key")),
-                expected=_expected(fact, part, selection),
-            )
+                "SELECT session_id, NULL, {keys} FROM ({expected}) AS expected GROUP BY 1"
+            ).format(keys=_keys_of({fact: keys}), expected=_expected(fact, part, selection))
 
 
 def _inputs_of_sessions(selection: sql.SQL) -> Iterable[sql.Composed]:
@@ -259,7 +299,7 @@ def _keep_digests(connection: Connection, parameters: dict[str, Any]) -> None:
     locked = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_DIGESTS_LOCK]).fetchone()
     if locked == (True,):
         connection.execute(_FORGET_DIGESTS)
-        connection.execute(_KEEP_DIGESTS, parameters)
+        connection.execute(sql.SQL(_KEEP_DIGESTS).format(_each_fact("read.{fact}")), parameters)
 
 
 def _parts_of(source: Source) -> Iterable[tuple[Fact, Projection]]:
@@ -271,9 +311,9 @@ def _parts_of(source: Source) -> Iterable[tuple[Fact, Projection]]:
     )
 
 
-def _declared_keys(condition: LiteralString) -> dict[str, list[sql.Composed]]:
-    """By event type the hashes of declared keys, over `source`: 0 where `condition` is not met."""
-    hashes: dict[str, list[sql.Composed]] = {}
+def _declared_keys(condition: LiteralString) -> dict[Fact, sql.Composed]:
+    """The xor of the hashes of a fact's declared keys, over `source`, where `condition` is met."""
+    hashes: dict[Fact, dict[str, list[sql.Composed]]] = {}
     for fact, part in _parts_of(EVENT):
         if part.key:
             key = sql.SQL(part.key)
@@ -284,22 +324,16 @@ def _declared_keys(condition: LiteralString) -> dict[str, list[sql.Composed]]:
                 _hash(fact, "session.org_id", key),
             )
             for event_type in part.event_types:
-                hashes.setdefault(event_type, []).append(hash_of_key)
-    return hashes
-
-
-def _xor_of_keys(condition: LiteralString) -> sql.Composed:
-    return _by_event_type(
-        (kind, sql.SQL(" # ").join(hashes)) for kind, hashes in _declared_keys(condition).items()
-    )
-
-
-def _by_event_type(values: Iterable[tuple[str, sql.Composable]]) -> sql.Composed:
-    return sql.SQL("CASE event_type {} END").format(
-        sql.SQL(" ").join(
-            sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), value) for kind, value in values
+                hashes.setdefault(fact, {}).setdefault(event_type, []).append(hash_of_key)
+    return {
+        fact: sql.SQL("CASE event_type {} ELSE 0 END").format(
+            sql.SQL(" ").join(
+                sql.SQL("WHEN {} THEN {}").format(sql.Literal(kind), sql.SQL(" # ").join(of_type))
+                for kind, of_type in by_type.items()
+            )
         )
-    )
+        for fact, by_type in hashes.items()
+    }
 
 
 def _hash(fact: Fact, org_id: LiteralString, key: sql.Composable) -> sql.Composed:
@@ -307,9 +341,9 @@ def _hash(fact: Fact, org_id: LiteralString, key: sql.Composable) -> sql.Compose
 
 
 def _seed_of(fact: Fact, org_id: LiteralString) -> sql.Composed:
-    """Keys of different facts are different, and so are those of different organizations."""
-    return sql.SQL("%(seed)s # ({} << 8) # {}").format(
-        sql.SQL(org_id), sql.Literal(FACTS.index(fact))
+    """What is of another fact or another organization has other hashes."""
+    return sql.SQL("%(seed)s # {} # {}").format(
+        sql.Literal(FACTS.index(fact) << 32), sql.SQL(org_id)
     )
 
 
@@ -331,7 +365,7 @@ def _in_slices(
     parameters: dict[str, Any],
 ) -> list[sql.Composable]:
     """Queries for the sources that lack a fact, or have one too many, in the slices."""
-    slices = _choose_sessions(connection, "true", parameters)
+    slices = _choose_sessions(connection, _differs(_sliced_facts()), parameters)
     if slices > _MOST_SESSIONS:
         return [
             *(_lacking(fact, part, scope) for fact, part in parts),
@@ -342,59 +376,67 @@ def _in_slices(
     if slices and any(part.source is EVENT for _, part in parts):
         _create(connection, "explanations", _explanations(), parameters)
     found = list[sql.Composable]()
-    for number, query in enumerate(_steps(parts)):
-        if slices:
+    for number, (facts, query) in enumerate(_steps(parts)):
+        if _choose_sessions(connection, _differs(facts), parameters):
             table = f"found_{number}"
             _create(connection, table, query, parameters)
-            connection.execute(sql.SQL(_SETTLE).format(found=sql.Identifier(table)))
+            connection.execute(_settle(table, facts))
             found.append(sql.SQL(_OF_FOUND).format(sql.Identifier(table)))
-            slices = _choose_sessions(connection, "true", parameters)
-    if slices:
-        found += [_superseded(fact, part, _OF_SESSIONS) for fact, part in parts if part.supersedes]
+    superseding = [(fact, part) for fact, part in parts if part.supersedes]
+    if superseding and _choose_sessions(
+        connection, _differs(fact for fact, _ in superseding), parameters
+    ):
+        found += [_superseded(fact, part, _OF_SESSIONS) for fact, part in superseding]
     return found
 
 
 def _explanations() -> sql.Composed:
-    """Events whose first key, or all of whose keys, are what their session differs by.
+    """Events whose key of a fact is what their session differs by in it.
 
     They are likely to be what is missing; it is still to be looked up.
     """
     return sql.SQL(_EXPLANATIONS).format(
-        _by_event_type(
-            (
-                kind,
-                # Each hash is computed but once.
-                sql.SQL("difference # {} IN (0, {})").format(
-                    first, sql.SQL(" # ").join(others or [sql.SQL("0")])
-                ),
-            )
-            for kind, (first, *others) in _declared_keys("{only}").items()
-        )
+        slices=_their_slices(),
+        explains=sql.SQL(" OR ").join(
+            sql.SQL("{0} <> 0 AND {0} = {1}").format(sql.Identifier("slice", fact.table), key)
+            for fact, key in _declared_keys("{only}").items()
+        ),
     )
 
 
-def _steps(parts: Collection[tuple[Fact, Projection]]) -> Iterable[sql.Composed]:
-    """Queries for sources and the hashes of the keys that they lack, the cheapest first.
+def _steps(
+    parts: Collection[tuple[Fact, Projection]],
+) -> Iterable[tuple[Collection[Fact], sql.Composed]]:
+    """Queries for sources that lack some fact, and the hashes of the keys, the cheapest first.
 
-    A session whose difference is the xor of what was found is settled, and not looked at again.
+    Where a fact's difference is the xor of what was found, it is settled, and not looked at again.
     """
     of_events = [part for part in parts if part[1].source is EVENT]
     of_sessions = [part for part in parts if part[1].source is SESSION]
+    declared = list(_declared_keys("{only}"))
     if of_events:
-        yield _looked_up_events(_OF_EXPLANATIONS)
+        yield declared, _looked_up_events(_OF_EXPLANATIONS)
         # Few events say themselves which keys they make.
-        yield from (_looked_up(fact, part) for fact, part in of_events if not part.key)
-        yield _looked_up_events(_OF_THE_REST)
-    yield from (_looked_up(fact, part) for fact, part in of_sessions)
+        yield from (([fact], _looked_up(fact, part)) for fact, part in of_events if not part.key)
+        yield declared, _looked_up_events(_OF_THE_REST)
+    yield from (([fact], _looked_up(fact, part)) for fact, part in of_sessions)
 
 
 def _looked_up_events(events: LiteralString) -> sql.Composed:
     """Events of which a declared key is not stored."""
+    lacking = _declared_keys(_IS_LACKING)
     return sql.SQL(_LOOKED_UP_EVENTS).format(
         type=sql.Literal(EVENT.type),
         reason=sql.Literal(EVENT.reason),
-        lacking=_xor_of_keys(_IS_LACKING),
+        lacking=sql.SQL(", ").join(
+            sql.SQL("CASE WHEN {0} <> 0 THEN {1} ELSE 0 END AS {2}").format(
+                sql.Identifier("slice", fact.table), keys, sql.Identifier(fact.table)
+            )
+            for fact, keys in lacking.items()
+        ),
         events=sql.SQL(events),
+        slices=_their_slices(),
+        is_lacking=_differs(lacking),
     )
 
 
@@ -407,6 +449,25 @@ def _looked_up(fact: Fact, projection: Projection) -> sql.Composed:
         expected=_expected(fact, projection, _OF_SESSIONS),
         fact=sql.Identifier(fact.table),
     )
+
+
+def _settle(found: str, facts: Collection[Fact]) -> sql.Composed:
+    """Take what was found out of the differences."""
+    names = [sql.Identifier(fact.table) for fact in facts]
+    return sql.SQL(_SETTLE).format(
+        found=sql.Identifier(found),
+        keys=sql.SQL(", ").join(sql.SQL("bit_xor({0}) AS {0}").format(name) for name in names),
+        settled=sql.SQL(", ").join(
+            sql.SQL("{0} = slice.{0} # found.{0}").format(name) for name in names
+        ),
+    )
+
+
+def _their_slices() -> sql.Composed:
+    return sql.SQL(
+        "JOIN unnest(%(sessions)s::uuid[], {differences}) AS slice (id, {facts})"
+        " ON slice.id = session.id"
+    ).format(differences=_each_fact("{parameter}::bigint[]"), facts=_each_fact("{fact}"))
 
 
 def _superseded(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -450,21 +511,14 @@ WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 
 # Whichever session is gone, nothing of it can be missing.
 _SLICES = """
-SELECT
-    session_id,
-    inputs = 0 AS digest_holds,
-    keys # CASE WHEN inputs = 0 THEN digest ELSE 0 END AS difference
+SELECT session_id, inputs = 0 AS digest_holds, {facts}
 FROM (
-    SELECT
-        session_id,
-        coalesce(bit_xor(inputs), 0) AS inputs,
-        coalesce(bit_xor(digest), 0) AS digest,
-        coalesce(bit_xor(keys), 0) AS keys
-    FROM ({parts}) AS parts (session_id, inputs, digest, keys)
+    SELECT session_id, coalesce(bit_xor(inputs), 0) AS inputs, {differences}
+    FROM ({parts}) AS parts (session_id, inputs, {facts})
     GROUP BY session_id
 ) AS slice
 JOIN sessions AS session ON session.id = session_id {scope}
-WHERE inputs <> 0 OR keys <> digest
+WHERE inputs <> 0 OR {differs}
 """
 
 _SINCE_OLDEST = """
@@ -472,27 +526,31 @@ WHERE source.created_at >= %(oldest)s::timestamptz OR starts_with(source_key, {s
 """
 
 _READ = """
-SELECT session_id, bit_xor(inputs) AS inputs, coalesce(bit_xor(keys), 0) AS keys
-FROM ({parts}) AS parts (session_id, inputs, keys)
+SELECT session_id, bit_xor(inputs) AS inputs, {keys}
+FROM ({parts}) AS parts (session_id, inputs, {facts})
 GROUP BY session_id
 """
 
+# In the place of what a digest said that does not hold. Should somebody have replaced that one
+# meanwhile, the session differs, and its keys are looked up in vain.
 _TAKE_IN = """
 UPDATE pg_temp.slices AS slice
-SET difference = difference # keys
+SET {}
 FROM pg_temp.read
+LEFT JOIN everruns_pipelines.key_digests AS digest
+    ON digest.session_id = read.session_id AND digest.seed = %(seed)s
 WHERE read.session_id = slice.session_id AND NOT digest_holds
 """
 
 _FORGET_DIGESTS = """
-DELETE FROM everruns_pipelines.session_digests AS digest
+DELETE FROM everruns_pipelines.key_digests AS digest
 WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT digest_holds)
     OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
 _KEEP_DIGESTS = """
-INSERT INTO everruns_pipelines.session_digests (session_id, seed, inputs, keys)
-SELECT session_id, %(seed)s, inputs, keys
+INSERT INTO everruns_pipelines.key_digests (session_id, seed, inputs, keys)
+SELECT session_id, %(seed)s, read.inputs, ARRAY[{}]
 FROM pg_temp.read
 JOIN pg_temp.slices USING (session_id)
 WHERE NOT digest_holds
@@ -501,9 +559,9 @@ WHERE NOT digest_holds
 _EXPLANATIONS = """
 SELECT source.*
 FROM sessions AS session
-JOIN unnest(%(sessions)s::uuid[], %(differences)s::bigint[]) AS slice (id, difference) USING (id)
+{slices}
 JOIN events AS source ON source.session_id = session.id
-WHERE session.id = ANY (%(sessions)s::uuid[]) AND {}
+WHERE session.id = ANY (%(sessions)s::uuid[]) AND ({explains})
 """
 
 _OF_EXPLANATIONS: LiteralString = """
@@ -527,7 +585,7 @@ SELECT
     split_part(source_key, ':', 2) AS source_id,
     created_at AS at,
     session_id,
-    {hash} AS hash
+    {hash} AS {fact}
 FROM ({expected}) AS expected
 LEFT JOIN LATERAL (
     SELECT true AS is_there FROM {fact} AS fact
@@ -547,11 +605,12 @@ FROM (
         source.id::text AS source_id,
         ts AS at,
         source.session_id,
-        {lacking} AS hash
+        {lacking}
     FROM {events}
+    {slices}
     OFFSET 0
 ) AS looked_up
-WHERE hash <> 0
+WHERE {is_lacking}
 """
 
 _IS_LACKING = """
@@ -565,13 +624,8 @@ _IS_LACKING = """
 _OF_FOUND = "SELECT source_type, reason, org_id, source_id, at FROM pg_temp.{}"
 
 _SETTLE = """
-WITH found AS (
-    SELECT session_id, bit_xor(hash) AS hash FROM pg_temp.{found} GROUP BY session_id
-), unsettled AS (
-    UPDATE pg_temp.slices AS slice SET difference = difference # hash
-    FROM found
-    WHERE found.session_id = slice.session_id AND difference <> hash
-)
-DELETE FROM pg_temp.slices AS slice USING found
-WHERE found.session_id = slice.session_id AND difference = hash
+WITH found AS (SELECT session_id, {keys} FROM pg_temp.{found} GROUP BY session_id)
+UPDATE pg_temp.slices AS slice SET {settled}
+FROM found
+WHERE found.session_id = slice.session_id
 """

@@ -37,12 +37,15 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
     lock_key bigint NOT NULL
 );
 
--- Which keys a session and its events make: `keys` is the xor of their hashes, `inputs` that of what
--- they were made of, so that it is known whether they still would be; `seed` is the seed of both. See
--- docs/backfill.md. A row that is lost is made anew.
-CREATE TABLE IF NOT EXISTS everruns_pipelines.session_digests (
+-- Which keys a session and its events make: `keys` has, fact by fact, the xor of their hashes, and
+-- `inputs` is that of what they were made of, so that it is known whether they still would be; `seed`
+-- is the seed of both. See docs/backfill.md. A row that is lost is made anew.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.key_digests (
     session_id uuid PRIMARY KEY,
     seed bigint NOT NULL,
     inputs bigint NOT NULL,
-    keys bigint NOT NULL
+    keys bigint[] NOT NULL
 );
+
+-- What earlier versions kept instead.
+DROP TABLE IF EXISTS everruns_pipelines.session_digests, everruns_pipelines.event_digests;

@@ -211,6 +211,22 @@ def test_a_fact_deleted_by_hand_is_missing(
     assert _pending(world) == {(source_type, id_) for id_ in lost}
 
 
+@pytest.mark.parametrize("most", [1, 2, 999])
+def test_all_that_a_session_lacks_of_several_facts_is_missing(world: Connection, most: int) -> None:
+    session = _value(
+        world,
+        "SELECT session_id FROM fact_capability_usage GROUP BY 1"
+        " ORDER BY count(DISTINCT capability_usage_kind) DESC, session_id LIMIT 1",
+    )
+    lost = set[str]()
+    for table, where, source_type in LOSSES:
+        if source_type in ("event", "session"):
+            lost |= _lose(world, table, most, f"session_id = '{session}' AND {where}")
+    assert len(lost) > 3
+    _backfill(world)
+    assert {id_ for _, id_ in _pending(world)} == lost
+
+
 @pytest.mark.parametrize(("table", "where", "source_type"), LOSSES)
 def test_a_fact_moved_to_another_organization_is_missing(
     world: Connection, table: str, where: str, source_type: str
@@ -258,7 +274,8 @@ def test_sessions_whose_events_are_archived_are_passed_over(world: Connection) -
     )
     assert _backfill(world) == NOTHING
     without_events = "session_id NOT IN (SELECT session_id FROM events)"
-    slices = f"SELECT count(*) FROM pg_temp.slices WHERE {without_events}"
+    differing = "fact_tool_call <> 0 OR fact_turn <> 0 OR fact_capability_usage <> 0"
+    slices = f"SELECT count(*) FROM pg_temp.slices WHERE {without_events} AND ({differing})"
     assert _value(world, slices) == 0
     left = "EXISTS (SELECT FROM events WHERE source_key = 'event:' || id)"
     configured = f"source_key LIKE 'session:%' AND {without_events}"
@@ -714,9 +731,9 @@ def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
     load_adversarial_sources(connection, seed=4, sessions=5)
     ensure_schema(connection)
     _backfill(connection, dry_run=True)
-    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.session_digests") == 0
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.key_digests") == 0
     _backfill(connection)
-    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.session_digests") > 0
+    assert _value(connection, "SELECT count(*) FROM everruns_pipelines.key_digests") > 0
 
 
 def test_an_event_written_since_the_events_were_read_is_missing(world: Connection) -> None:
@@ -787,7 +804,7 @@ def test_what_changed_of_a_session_since_it_was_read_is_missing(
     assert world.execute(change).rowcount > 0
     with_digests = _backfill(world, dry_run=True)
     assert with_digests != NOTHING
-    world.execute("DELETE FROM everruns_pipelines.session_digests")
+    world.execute("DELETE FROM everruns_pipelines.key_digests")
     assert with_digests == _backfill(world, dry_run=True)
 
 
@@ -800,7 +817,7 @@ def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: C
     assert (
         _value(
             world,
-            "SELECT count(*) FROM everruns_pipelines.session_digests"
+            "SELECT count(*) FROM everruns_pipelines.key_digests"
             " WHERE NOT EXISTS (SELECT FROM sessions WHERE id = session_id)",
         )
         == 0
@@ -809,7 +826,7 @@ def test_the_digest_of_a_purged_session_goes_with_the_next_that_is_made(world: C
 
 def test_a_digest_of_other_projections_does_not_count(world: Connection) -> None:
     _backfill(world)
-    world.execute("UPDATE everruns_pipelines.session_digests SET seed = seed + 1, keys = keys + 1")
+    world.execute("UPDATE everruns_pipelines.key_digests SET seed = seed + 1, keys = '{1, 2, 3}'")
     assert _backfill(world) == NOTHING
     lost = _lose(world, "fact_turn", 1)
     assert _backfill(world)["events"] == 1
