@@ -65,6 +65,13 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.60}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="everruns-pipelines", description="Keeps derived data right.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -82,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "--indexes", action="store_true", help="also the recommended indexes on platform tables"
     )
     backfill = command("backfill", _backfill, "enqueue what is missing and project it")
-    backfill.add_argument("--limit", type=int, default=1000, help="1 to 10000, default 1000")
-    backfill.add_argument("--org-id", type=int, help="one organization; all if not given")
+    backfill.add_argument("--limit", type=_number, default=1000, help="1 to 10000, default 1000")
+    backfill.add_argument("--org-id", type=_number, help="one organization; all if not given")
     backfill.add_argument(
         "--source-type",
         action="append",
@@ -92,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     backfill.add_argument("--dry-run", action="store_true", help="count only, write nothing")
     project = command("project", _project, "project what is due in the outbox")
-    project.add_argument("--org-id", type=int, help="one organization; all if not given")
-    project.add_argument("--max-rows", type=int, help="until nothing is due if not given")
+    project.add_argument("--org-id", type=_number, help="one organization; all if not given")
+    project.add_argument("--max-rows", type=_number, help="until nothing is due if not given")
     rebuild = command("rebuild", _rebuild, "bring items back to what their spans say")
     rebuild.add_argument("--organization", required=True, help="slug or UUID")
     rebuild.add_argument("--workspace", required=True, help="slug or UUID")
@@ -107,11 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     rebuild.add_argument("--dry-run", action="store_true", help="count only, write nothing")
     diagnose = command("diagnose", _diagnose, "what is missing, stale, failing or waiting")
-    diagnose.add_argument("--days", type=int, default=7, help="days to compare, default 7")
+    diagnose.add_argument("--days", type=_number, default=7, help="days to compare, default 7")
     diagnose.add_argument("--json", action="store_true", help="one JSON object, not tables")
     command("doctor", _doctor, "whether everything is in place, and what to do if not")
     dev = command("dev", _dev, "Dagster's UI and daemon on this machine")
-    dev.add_argument("--port", type=int, default=3000, help="port on 127.0.0.1, default 3000")
+    dev.add_argument("--port", type=_number, default=3000, help="port on 127.0.0.1, default 3000")
     for added in (backfill, project, rebuild):
         added.add_argument("--verbose", action="store_true", help="tell all that was counted")
         added.add_argument("--url", help="run it in the deployment at http://host:port, not here")

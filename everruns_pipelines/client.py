@@ -319,17 +319,7 @@ def _refusal(entries: list[Mapping[str, Any]]) -> Refusal | None:
     """The refusal that `failures.told_plainly` put into the failure, if it was one."""
     for entry in entries:
         if entry["label"] == "error" and entry.get("jsonString"):
-            told = json.loads(entry["jsonString"])
-            return Refusal(
-                told["detail"],
-                code=told["code"],
-                status=told.get("status", 400),
-                allowed_actions=tuple(told.get("allowed_actions", ())),
-                errors=tuple(
-                    FieldError(tuple(one["loc"]), one["msg"], one["type"])
-                    for one in told.get("errors", ())
-                ),
-            )
+            return Refusal.from_error(json.loads(entry["jsonString"]))
     return None
 
 

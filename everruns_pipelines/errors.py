@@ -4,6 +4,7 @@ A refusal is raised before anything is touched. What fails later is an ordinary 
 fails the run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,20 @@ class Refusal(Exception):
         self.status = status
         self.allowed_actions = allowed_actions
         self.errors = errors
+
+    @classmethod
+    def from_error(cls, told: Mapping[str, Any]) -> "Refusal":
+        """The refusal that either API's form tells of."""
+        return cls(
+            told["detail"],
+            code=told["code"],
+            status=told.get("status", 400),
+            allowed_actions=tuple(told.get("allowed_actions", ())),
+            errors=tuple(
+                FieldError(tuple(one["loc"]), one["msg"], one["type"])
+                for one in told.get("errors", ())
+            ),
+        )
 
     def as_problem_details(self) -> dict[str, Any]:
         """The reporting API's form (RFC 9457 problem details)."""

@@ -9,6 +9,13 @@ import dagster as dg
 from everruns_pipelines.errors import Refusal
 
 # For work that may be done again from the start: a database that restarts is back by then.
+_FOR_A_WHILE = (
+    "08",  # connection lost
+    "40",  # deadlock, serialization
+    "53",  # no space, no memory, too many connections
+    "57",  # shut down, starting, cancelled
+    "58",  # input or output failed
+)
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 
 
@@ -20,7 +27,7 @@ def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[
         rendered: the form in which the API that the op stands for renders a refusal.
 
     Raises:
-        dg.Failure: without retries for a refusal that would be repeated.
+        dg.Failure: without retries for what would be repeated.
     """
     import psycopg
 
@@ -38,4 +45,6 @@ def told_plainly(rendered: Callable[[Refusal], Mapping[str, Any]]) -> Generator[
         raise dg.Failure(
             f"PostgreSQL failed: {error.diag.message_primary or type(error).__name__}",
             metadata={"sqlstate": error.sqlstate or "none"},
+            # Without a state the connection was lost.
+            allow_retries=error.sqlstate is None or error.sqlstate.startswith(_FOR_A_WHILE),
         ) from None

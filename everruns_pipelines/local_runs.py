@@ -39,16 +39,28 @@ def run_job(
             result = (
                 build_definitions(settings)
                 .get_job_def(job)
-                .execute_in_process(run_config=run_config, instance=instance)
+                .execute_in_process(run_config=run_config, instance=instance, raise_on_error=False)
             )
-        except dg.Failure as failure:
-            if isinstance(failure.__cause__, Refusal):
-                raise failure.__cause__ from None
-            raise RunFailure(failure.description or "the run failed") from None
         except dg.DagsterError as error:
             raise RunFailure(str(error)) from error
+    if not result.success:
+        raise _why_failed(result)
     return {
         event.step_key: result.output_for_node(event.step_key)
         for event in result.get_step_success_events()
         if event.step_key is not None
     }
+
+
+def _why_failed(result: dg.ExecuteInProcessResult) -> Refusal | RunFailure:
+    """What `failures.told_plainly` said of the op that failed, however often it was tried."""
+    for event in result.filter_events(lambda event: event.is_step_failure):
+        failure = event.step_failure_data
+        told = failure.user_failure_data
+        if told is None:
+            return RunFailure(failure.error_display_string.strip().splitlines()[0])
+        error = told.metadata.get("error")
+        if isinstance(error, dg.JsonMetadataValue) and isinstance(error.data, dict):
+            return Refusal.from_error(error.data)
+        return RunFailure(told.description or "the run failed")
+    return RunFailure("the run failed")

@@ -1,13 +1,16 @@
 """The command line: one JSON object on standard output, the rest on standard error, a status."""
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
+import psycopg
 import pytest
+from dagster import RetryPolicy
 
 from everruns_pipelines import cli
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import Connection
-from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting import backfill, database
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import World, rows, value, versions
 
@@ -90,7 +93,19 @@ def test_project_prints_its_counts(terminal: Terminal, world: World) -> None:
     [
         (("backfill", "--limit", "0"), "validation_error", 400, "limit: expected"),
         (("backfill", "--limit", "10001"), "validation_error", 400, "limit: expected"),
-        (("backfill", "--limit", "many"), "validation_error", 400, "argument --limit"),
+        (
+            ("backfill", "--limit", "many"),
+            "validation_error",
+            400,
+            "argument --limit: expected a whole",
+        ),
+        (
+            ("project", "--max-rows", "1.5"),
+            "validation_error",
+            400,
+            "argument --max-rows: expected",
+        ),
+        (("project", "--org-id", "one"), "validation_error", 400, "argument --org-id: expected"),
         (("backfill", "--source-type", "x"), "validation_error", 400, "source_types: expected"),
         (("backfill", "--org-id", "4711"), "not_found_error", 404, "org_id: there is no"),
         (("project", "--max-rows", "-1"), "validation_error", 400, "max_rows: expected"),
@@ -200,6 +215,62 @@ def test_a_run_that_fails_says_why_and_prints_no_result(terminal: Terminal, worl
     assert (status, printed) == (FAILED, None)
     last_line = terminal.errors.splitlines()[-1]
     assert last_line == "everruns-pipelines: PostgreSQL failed: writing is refused"
+
+
+def test_a_backfill_of_a_database_that_refuses_writes_says_so_at_once(
+    terminal: Terminal, world: World, monkeypatch: pytest.MonkeyPatch, postgres_url: str
+) -> None:
+    database.prepare(world.connection)
+    world.event(world.session(world.org()))
+    monkeypatch.setattr(RetryPolicy, "calculate_delay", _not_again)
+    read_only = "options=-c%20default_transaction_read_only%3Don"
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", f"{postgres_url}&{read_only}")
+
+    status, printed = terminal.run("backfill")
+
+    assert (status, printed) == (FAILED, None)
+    last_line = terminal.errors.splitlines()[-1]
+    assert last_line.startswith("everruns-pipelines: PostgreSQL failed: cannot execute ")
+    assert last_line.endswith(" in a read-only transaction")
+    assert rows(world.connection, "SELECT FROM reporting_outbox") == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "last_line"),
+    [
+        (psycopg.OperationalError("gone"), FAILED, "PostgreSQL failed: OperationalError"),
+        (Refusal("away", code="unavailable", status=503), REFUSED, "away"),
+    ],
+)
+def test_what_was_tried_again_in_vain_is_told_in_one_line(
+    terminal: Terminal,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    status: int,
+    last_line: str,
+) -> None:
+    world.tool_call(world.org())
+    tries: list[None] = []
+
+    def fail(*_: object) -> NoReturn:
+        tries.append(None)
+        raise raised
+
+    monkeypatch.setattr(backfill, "enqueue", fail)
+    monkeypatch.setattr(RetryPolicy, "calculate_delay", _at_once)
+
+    assert terminal.run("backfill")[0] == status
+    assert len(tries) == 3
+    assert terminal.errors.splitlines()[-1] == f"everruns-pipelines: {last_line}"
+
+
+def _at_once(*_: object) -> int:
+    return 0
+
+
+def _not_again(*_: object) -> NoReturn:
+    pytest.fail("it was to be tried again")
 
 
 def test_init_makes_our_schema_and_on_request_the_indexes_and_may_be_repeated(
