@@ -160,7 +160,7 @@ def insert_bare(connection: Connection) -> None:
 
 
 def project_row_by_row(connection: Connection) -> None:
-    """Project as an application does it: one row, one statement, one transaction at a time."""
+    """Project as an application does it: row by row, each in a transaction of its own."""
     types = {source.type: source for source in SOURCES}
     upserts = {source.type: _upserts(source) for source in SOURCES}
     claimed = connection.execute(
@@ -171,16 +171,17 @@ def project_row_by_row(connection: Connection) -> None:
         [ROW_BY_ROW_SAMPLE],
     ).fetchall()
     for outbox_id, source_type, source_id in claimed:
-        event_type = None
-        if types[source_type] is EVENT:
-            row = connection.execute("SELECT event_type FROM events WHERE id = %s", [source_id])
-            event_type = (row.fetchone() or [None])[0]
-        for projection, upsert in upserts[source_type]:
-            if event_type is None or event_type in projection.event_types:
-                connection.execute(upsert, {"id": source_id})
-        connection.execute(
-            "UPDATE reporting_outbox SET status = 'completed' WHERE id = %s", [outbox_id]
-        )
+        with connection.transaction():
+            event_type = None
+            if types[source_type] is EVENT:
+                row = connection.execute("SELECT event_type FROM events WHERE id = %s", [source_id])
+                event_type = (row.fetchone() or [None])[0]
+            for projection, upsert in upserts[source_type]:
+                if event_type is None or event_type in projection.event_types:
+                    connection.execute(upsert, {"id": source_id})
+            connection.execute(
+                "UPDATE reporting_outbox SET status = 'completed' WHERE id = %s", [outbox_id]
+            )
 
 
 _ONE = sql.SQL("JOIN (VALUES (%(id)s::uuid)) AS one (id) ON one.id = source.id")

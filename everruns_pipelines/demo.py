@@ -74,8 +74,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
         )
     console.print(f"  {json.dumps(again['enqueue'])}", soft_wrap=True)
     console.print("\nThe result of the backfill, as the API answers it:")
-    console.file.flush()
-    sys.stdout.write(json.dumps(outputs["enqueue"]) + "\n")
+    _answer(console, outputs["enqueue"])
 
 
 def _items(settings: Settings, connection: Connection, console: Console) -> None:
@@ -95,8 +94,14 @@ def _items(settings: Settings, connection: Connection, console: Console) -> None
         again = _rebuild(settings, TRIAGED_SESSION)
     console.print(f"  {json.dumps(again)}", soft_wrap=True)
     console.print("\nThe result of that rebuild, as the API answers it:")
+    _answer(console, {"processed": again["processed"]})
+
+
+def _answer(console: Console, counts: dict[str, int]) -> None:
+    """To standard output, in its place among what standard error says."""
     console.file.flush()
-    sys.stdout.write(json.dumps({"processed": again["processed"]}) + "\n")
+    sys.stdout.write(json.dumps(counts) + "\n")
+    sys.stdout.flush()
 
 
 def _rebuild(settings: Settings, session: str) -> dict[str, int]:

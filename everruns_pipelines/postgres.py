@@ -68,9 +68,11 @@ def _connected(url: str) -> Generator[Connection]:
             options=f"{given.get('options', '')} {_SESSION_OPTIONS}",  # of two, the last one holds
         )
     except psycopg.OperationalError as error:
-        # libpq's message names host and user, never the password.
+        # libpq names host and user, never the password. Its hints, in lines of their own, are left
+        # out.
+        told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
         raise Refusal(
-            f"PostgreSQL cannot be used: {' '.join(str(error).split())}. "
+            f"PostgreSQL cannot be used: {told}. "
             "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
             code="unavailable",
             status=503,

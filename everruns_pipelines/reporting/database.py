@@ -13,31 +13,23 @@ from everruns_pipelines import own_schema
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.postgres import Connection
 from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
 _FILES = files("everruns_pipelines.reporting")
 _OLDEST_SERVER = 18
 
-# The columns that we touch, and what we do with the table.
+# The columns that we touch beside those of the sources, and what we do with the table.
 _READ = {
     "agent_capabilities": "agent_id capability_id",
     "agents": "id org_id name",
     "archived_events": "id",
     "budgets": "id org_id subject_type subject_id",
     "declarative_capabilities": "org_id name display_name",
-    "events": "id session_id event_type data ts context created_at",
     "harness_capabilities": "harness_id capability_id",
     "harnesses": "id org_id name",
-    "llm_generations": "id org_id session_id turn_id model provider input_tokens output_tokens "
-    "cache_read_tokens cache_creation_tokens duration_ms finish_reason created_at",
     "mcp_servers": "id org_id name",
     "organizations": "org_id",
-    "sessions": "id org_id agent_id harness_id app_id blueprint_id resolved_owner_user_id "
-    "owner_principal_id status capabilities created_at updated_at started_at finished_at "
-    "turn_count tool_call_count total_input_tokens total_output_tokens "
-    "total_cache_read_tokens total_cache_creation_tokens",
     "skills": "id org_id name",
-    "usage_ledger": "id org_id session_id user_id principal_id agent_id harness_id budget_id "
-    "currency amount meter_source ref_type created_at",
 }
 _OUTBOX = (
     "id org_id source_type source_id source_version reason status attempts next_attempt_at "
@@ -53,7 +45,7 @@ _OWN_TABLES = (
 
 def needed_columns() -> dict[str, list[str]]:
     """Every table of the platform that reporting touches, and the columns of it."""
-    needed: dict[str, list[str]] = {}
+    needed = {t: [column.name for column in columns] for t, columns in SOURCE_COLUMNS.items()}
     for table, columns in (*_READ.items(), ("reporting_outbox", _OUTBOX)):
         needed[table] = list(columns.split())
     for fact in FACTS:

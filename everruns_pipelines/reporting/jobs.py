@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # On runs that project what is due, so that they can be found.
 DRAINS = {"everruns/drains": "reporting_outbox"}
 
+# So that telling the progress costs little, however much is due.
+_MOST_COUNTED = 100_000
+
 
 class EnqueueConfig(dg.Config):
     """Which missing facts to enqueue, and how many."""
@@ -118,7 +121,7 @@ def project_op(
                 max_rows=config.max_rows,
             ):
                 drained.add(batch)
-                context.log.info(_progress(connection, drained))
+                context.log.info(_progress(connection, config, drained))
         finally:
             _report(context, postgres, drained)
     context.add_output_metadata(drained.result())
@@ -132,14 +135,17 @@ def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
     return {name: value for name, value in given.items() if isinstance(value, int)}
 
 
-def _progress(connection: Connection, drained: "Drained") -> str:
+def _progress(connection: Connection, config: ProjectConfig, drained: "Drained") -> str:
+    """What is done, and how much of what this run may claim is due."""
+    allowed = _MOST_COUNTED if config.max_rows is None else config.max_rows - drained.claimed
     row = connection.execute(
-        "SELECT count(*) FROM ("
-        "SELECT FROM reporting_outbox WHERE status = 'pending' AND next_attempt_at <= now()"
-        " LIMIT 100000) AS due"
+        "SELECT count(*) FROM (SELECT FROM reporting_outbox"
+        " WHERE status IN ('pending', 'failed') AND next_attempt_at <= now()"
+        " AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s) LIMIT %(most)s) AS due",
+        {"org_id": config.org_id, "most": min(allowed, _MOST_COUNTED)},
     ).fetchone()
     remaining = 0 if row is None else int(row[0])
-    more = "more than " if remaining == 100_000 else ""
+    more = "more than " if remaining == _MOST_COUNTED else ""
     return f"{drained.claimed} rows claimed, {drained.failed} failed; {more}{remaining} remain"
 
 

@@ -1,4 +1,4 @@
-"""The columns of the source tables that projections read, as the asset graph shows them."""
+"""The columns of the source tables that projections read: checked for, and shown in the UI."""
 
 from everruns_pipelines.reporting.catalog import Column
 

@@ -1,6 +1,11 @@
 """The jobs: what they answer, what they report, and what they refuse."""
 
+import os
+import re
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -177,6 +182,50 @@ def test_projecting_keeps_to_the_organization_and_the_number_of_rows(
         "SELECT org_id, count(*) FROM reporting_outbox WHERE status = 'pending' GROUP BY 1",
     )
     assert sorted(left) == [(ours, 1), (theirs, 1)]
+
+
+def test_progress_tells_what_is_left_for_this_run_to_do(world: World, settings: Settings) -> None:
+    ours, theirs = world.org(), world.org()
+    for org in (ours, ours, ours, ours, theirs, theirs):
+        world.tool_call(org)
+    world.enqueue(ours, "event", "no uuid", status="failed")
+
+    for max_rows, most in ((2, 2), (None, 3)):
+        run = Run(
+            settings,
+            "project_reporting",
+            {"project": {"org_id": ours, "max_rows": max_rows, "batch_size": 1}},
+        )
+        said = (entry.user_message for entry in run.instance.all_logs(run.result.run_id))
+        told = re.findall(r"(\d+) rows claimed, \d failed; (\d+) remain", "\n".join(said))
+        # What the other projector is working on is neither.
+        assert all(int(claimed) + int(remain) <= most for claimed, remain in told)
+        assert [int(claimed) for claimed, _ in told] == list(range(1, most + 1))
+        assert told[-1][1] == "0"
+
+
+def test_dagsters_own_command_line_runs_a_backfill(
+    world: World, postgres_url: str, tmp_path: Path
+) -> None:
+    world.event(world.session(world.org()))
+    config = tmp_path / "run.yaml"
+    config.write_text("ops: {enqueue: {config: {limit: 10, source_types: [event]}}}")
+
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "dagster", "job", "execute"),
+            *("-m", "everruns_pipelines.definitions", "-j", "backfill_reporting"),
+            *("-c", str(config)),
+        ],
+        env={"PATH": os.environ["PATH"], "EVERRUNS_POSTGRES_URL": postgres_url},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert run.returncode == 0, run.stderr
+    assert value(world.connection, "SELECT count(*) FROM fact_tool_call") == 1
 
 
 def test_each_fact_and_day_that_was_touched_is_reported_as_materialized(
