@@ -139,7 +139,11 @@ def _slice(
     """
     parameters["oldest"] = _oldest_event(connection)
     query = sql.SQL(_SLICES).format(
-        differences=_each_fact("coalesce(bit_xor({fact}), 0) AS {fact}"),
+        differences=_each_fact(
+            "stored.{fact} # CASE WHEN digest.inputs = stored.inputs THEN keys[{position}] ELSE 0"
+            " END AS {fact}"
+        ),
+        keys=_each_fact("coalesce(bit_xor({fact}), 0) AS {fact}"),
         facts=_each_fact("{fact}"),
         parts=_union_all(_slice_parts(scope, is_archived=parameters["oldest"] is not None)),
         scope=scope.format(org_id=sql.SQL("session.org_id")),
@@ -155,10 +159,7 @@ def _slice(
         )
         _create(connection, "read", read, parameters)
         connection.execute(
-            sql.SQL(_TAKE_IN).format(
-                _each_fact("{fact} = slice.{fact} # read.{fact} # coalesce(keys[{position}], 0)")
-            ),
-            parameters,
+            sql.SQL(_TAKE_IN).format(_each_fact("{fact} = slice.{fact} # read.{fact}"))
         )
         if keep_digests:
             _keep_digests(connection, parameters)
@@ -223,7 +224,7 @@ def _keys_of(values: Mapping[Fact, sql.Composable]) -> sql.Composed:
 
 
 def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composable]:
-    """Per session: what its keys are made of, and the keys of its digest and of its facts.
+    """Per session: what its keys are made of, and the keys of its facts.
 
     Facts older than every event are left out: those of archived events. A cutoff that leaves out
     others makes sessions differ, which costs look-ups, but hides nothing.
@@ -235,10 +236,6 @@ def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composabl
         yield sql.SQL("SELECT session_id, hash, {no_keys} FROM ({inputs}) AS session").format(
             no_keys=_keys_of({}), inputs=inputs
         )
-    yield sql.SQL(
-        "SELECT session_id, inputs, {keys}"
-        " FROM everruns_pipelines.key_digests AS source {scope} WHERE seed = %(seed)s"
-    ).format(keys=_each_fact("keys[{position}]"), scope=_by_session(scope))
     for fact in _sliced_facts():
         keys = sql.SQL("bit_xor({})").format(_hash(fact, "source.org_id", sql.SQL("source_key")))
         yield sql.SQL(
@@ -509,16 +506,25 @@ FROM ({expected}) AS expected
 WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 """
 
-# Whichever session is gone, nothing of it can be missing.
+# Whichever session is gone, nothing of it can be missing. A digest is compared and taken in by one
+# statement: somebody else may replace it at any time.
 _SLICES = """
-SELECT session_id, inputs = 0 AS digest_holds, {facts}
+SELECT session_id, digest_holds, {facts}
 FROM (
-    SELECT session_id, coalesce(bit_xor(inputs), 0) AS inputs, {differences}
-    FROM ({parts}) AS parts (session_id, inputs, {facts})
-    GROUP BY session_id
+    SELECT
+        stored.session_id,
+        digest.inputs IS NOT DISTINCT FROM stored.inputs AS digest_holds,
+        {differences}
+    FROM (
+        SELECT session_id, coalesce(bit_xor(inputs), 0) AS inputs, {keys}
+        FROM ({parts}) AS parts (session_id, inputs, {facts})
+        GROUP BY session_id
+    ) AS stored
+    LEFT JOIN everruns_pipelines.key_digests AS digest
+        ON digest.session_id = stored.session_id AND digest.seed = %(seed)s
 ) AS slice
 JOIN sessions AS session ON session.id = session_id {scope}
-WHERE inputs <> 0 OR {differs}
+WHERE NOT digest_holds OR {differs}
 """
 
 _SINCE_OLDEST = """
@@ -531,14 +537,10 @@ FROM ({parts}) AS parts (session_id, inputs, {facts})
 GROUP BY session_id
 """
 
-# In the place of what a digest said that does not hold. Should somebody have replaced that one
-# meanwhile, the session differs, and its keys are looked up in vain.
 _TAKE_IN = """
 UPDATE pg_temp.slices AS slice
 SET {}
 FROM pg_temp.read
-LEFT JOIN everruns_pipelines.key_digests AS digest
-    ON digest.session_id = read.session_id AND digest.seed = %(seed)s
 WHERE read.session_id = slice.session_id AND NOT digest_holds
 """
 

@@ -16,6 +16,7 @@ from everruns_pipelines.embedded.sample_data import load_sample_data
 from everruns_pipelines.embedded.servers import embedded_postgres_url
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import Connection
+from everruns_pipelines.reporting import missing
 from everruns_pipelines.reporting.backfill import GLOBAL_LOCK, BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, Fact, Projection
 from everruns_pipelines.reporting.database import ensure_schema
@@ -734,6 +735,31 @@ def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
     assert _value(connection, "SELECT count(*) FROM everruns_pipelines.key_digests") == 0
     _backfill(connection)
     assert _value(connection, "SELECT count(*) FROM everruns_pipelines.key_digests") > 0
+
+
+@pytest.mark.parametrize("meanwhile", ["kept", "emptied"])
+def test_digests_that_somebody_replaces_meanwhile_hide_nothing(
+    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    _load_projected_sample(connection)
+    _backfill(connection)
+    missed = _add_events(connection, 3)
+    if meanwhile == "emptied":
+        missed |= _lose(connection, "fact_tool_call", 3)
+    create = missing._create
+
+    def create_and_be_overtaken(own: Connection, table: str, *rest: Any) -> None:
+        create(own, table, *rest)
+        if own is connection and table == "read":
+            with psycopg.connect(postgres_url, autocommit=True) as other:
+                if meanwhile == "kept":
+                    for org_id in (1, 2, 3):
+                        enqueue(other, BackfillRequest(org_id=org_id, source_types=["session"]))
+                else:
+                    other.execute("DELETE FROM everruns_pipelines.key_digests")
+
+    monkeypatch.setattr(missing, "_create", create_and_be_overtaken)
+    assert _backfill(connection, source_types=["event"])["events"] == len(missed)
 
 
 def test_an_event_written_since_the_events_were_read_is_missing(world: Connection) -> None:
