@@ -746,7 +746,7 @@ def test_digests_that_somebody_replaces_meanwhile_hide_nothing(
     missed = _add_events(connection, 3)
     if meanwhile == "emptied":
         missed |= _lose(connection, "fact_tool_call", 3)
-    create = missing._create
+    create = missing._create  # pyright: ignore[reportPrivateUsage]
 
     def create_and_be_overtaken(own: Connection, table: str, *rest: Any) -> None:
         create(own, table, *rest)
