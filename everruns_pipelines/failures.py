@@ -8,7 +8,7 @@ import dagster as dg
 
 from everruns_pipelines.errors import Refusal
 
-# For work that may be done again from the start: a database that restarts is back by then.
+# Classes of errors (SQLSTATE) that may have passed by the next try.
 _FOR_A_WHILE = (
     "08",  # connection lost
     "40",  # deadlock, serialization
@@ -16,6 +16,7 @@ _FOR_A_WHILE = (
     "57",  # shut down, starting, cancelled
     "58",  # input or output failed
 )
+# For work that may be done again from the start: a database that restarts is back by then.
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 
 

@@ -2,7 +2,8 @@
 
 A fact is a table, its columns, and the projections that make its rows. The projector, the
 comparison of facts with their sources, the backfill, the assets and their checks all follow from
-what stands here: a seventh fact is one more `.sql` file and one more entry.
+what stands here: a seventh fact is one more `.sql` file and one more entry. (Columns of sources
+that none has read before stand in `source_columns.py`.)
 """
 
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Projection:
         provides: dimensions that it does not leave to the session.
         rejects: it has the column `rejected`.
         reports: it has the column `reported`.
-        supersedes: which of the fact's rows one of its sources had, by the source's `org_id` and
-            `source_id`: rows that it no longer has are removed.
+        supersedes: for a projection of sessions: which of the fact's rows a session had, by the
+            `org_id` and `source_id` of `source`: rows that it no longer has are removed.
         key: the `source_key` of its row, over `source`: given if it makes at most one of a source,
             so that the backfill can read the events once for all projections.
         only: which sources it makes that row of, over `source`; all of them by default.
@@ -90,7 +91,8 @@ class Projection:
 
     @cached_property
     def inputs(self) -> LiteralString:
-        """What the keys of its rows follow from, where its sources change.
+        """What the keys of its rows follow from: needed of a projection of sessions if its fact
+        has rows of events too.
 
         A SELECT over `selected`: `org_id`, `session_id`, and `inputs`, a record of all else that
         the keys of that session's rows are made of.
@@ -337,7 +339,7 @@ FACTS = (
                 SESSION,
                 supersedes="fact.org_id = source.org_id AND fact.session_id = source.source_id"
                 " AND fact.capability_usage_kind = 'configured'"
-                " AND fact.source_key LIKE 'session:%%:configured:%%'",
+                " AND starts_with(fact.source_key, 'session:' || source.source_id || ':')",
             ),
         ),
     ),

@@ -76,6 +76,13 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     )
 
 
+def expected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
+    """Of the rows that `projection` makes, those that are stored."""
+    return sql.SQL("SELECT * FROM ({}) AS projected WHERE rejected IS NULL").format(
+        projected_rows(fact, projection, selection)
+    )
+
+
 def _value(column: Column, projection: Projection) -> sql.Composable:
     if column.dimension is None or column.name in projection.provides:
         return sql.Identifier("projected", column.name)

@@ -25,6 +25,7 @@ from everruns_pipelines.reporting.projector import (
 from everruns_pipelines.reporting.query import (
     EVERYTHING,
     STAGED,
+    expected_rows,
     projected_rows,
     selected_rows,
 )
@@ -185,9 +186,9 @@ def _leftovers(connection: Connection, fact: Fact, day: date, staged: int) -> Co
         sql.SQL(_LEFTOVER).format(
             fact=sql.Identifier(fact.table),
             expected=sql.SQL(" UNION ALL ").join(
-                sql.SQL(
-                    "SELECT org_id, source_key FROM ({}) AS projected WHERE rejected IS NULL"
-                ).format(projected_rows(fact, projection, STAGED))
+                sql.SQL("SELECT org_id, source_key FROM ({}) AS expected").format(
+                    expected_rows(fact, projection, STAGED)
+                )
                 for projection in fact.projections
             ),
             sources=sql.SQL(" UNION ALL ").join(

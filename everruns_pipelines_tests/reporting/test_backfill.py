@@ -16,7 +16,6 @@ from everruns_pipelines.embedded.sample_data import load_sample_data
 from everruns_pipelines.embedded.servers import embedded_postgres_url
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.postgres import Connection
-from everruns_pipelines.reporting import missing
 from everruns_pipelines.reporting.backfill import GLOBAL_LOCK, BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, Fact, Projection
 from everruns_pipelines.reporting.database import ensure_schema
@@ -31,7 +30,7 @@ from everruns_pipelines_tests.reporting.recompute import (
     differences,
     expected_facts,
 )
-from everruns_pipelines_tests.reporting.world import wait_until, waiting
+from everruns_pipelines_tests.reporting.world import World, wait_until, waiting
 
 NOTHING = {"enqueued": 0, "events": 0, "llm_generations": 0, "sessions": 0, "usage_ledger": 0}
 EVERY_TYPE = ("event", "llm_generation", "session", "usage_ledger")
@@ -739,27 +738,39 @@ def test_a_dry_run_keeps_no_digests(connection: Connection) -> None:
 
 @pytest.mark.parametrize("meanwhile", ["kept", "emptied"])
 def test_digests_that_somebody_replaces_meanwhile_hide_nothing(
-    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+    connection: Connection, postgres_url: str, meanwhile: str
 ) -> None:
-    _load_projected_sample(connection)
+    ensure_schema(connection)
+    world = World(connection)
+    org = world.org()
+    session = world.session(org)
+    missed = world.event(session)
     _backfill(connection)
-    missed = _add_events(connection, 3)
-    if meanwhile == "emptied":
-        missed |= _lose(connection, "fact_tool_call", 3)
-    create = missing._create  # pyright: ignore[reportPrivateUsage]
+    _drain(connection)
+    _backfill(connection)
+    added = world.event(session)
+    if meanwhile == "kept":
+        missed = added
+    else:
+        world.enqueue(org, "event", added)
+        _drain(connection)
+        _lose(connection, "fact_tool_call", 1, f"source_key = 'event:{missed}'")
 
-    def create_and_be_overtaken(own: Connection, table: str, *rest: Any) -> None:
-        create(own, table, *rest)
-        if own is connection and table == "read":
-            with psycopg.connect(postgres_url, autocommit=True) as other:
+    class Overtaken(psycopg.Connection):
+        """A connection that another one overtakes once it has read the session."""
+
+        def execute(self, query: Any, *rest: Any, **options: Any) -> Any:
+            result = super().execute(query, *rest, **options)
+            if 'CREATE TEMPORARY TABLE "read"' in sql.SQL("{}").format(query).as_string():
                 if meanwhile == "kept":
-                    for org_id in (1, 2, 3):
-                        enqueue(other, BackfillRequest(org_id=org_id, source_types=["session"]))
+                    _backfill(connection, source_types=["session"])
                 else:
-                    other.execute("DELETE FROM everruns_pipelines.key_digests")
+                    connection.execute("DELETE FROM everruns_pipelines.key_digests")
+            return result
 
-    monkeypatch.setattr(missing, "_create", create_and_be_overtaken)
-    assert _backfill(connection, source_types=["event"])["events"] == len(missed)
+    with Overtaken.connect(postgres_url, autocommit=True) as own:
+        _backfill(own, org_id=org, source_types=["event"])
+    assert ("event", str(missed)) in _pending(connection)
 
 
 def test_an_event_written_since_the_events_were_read_is_missing(world: Connection) -> None:
@@ -877,7 +888,7 @@ def _add_events(connection: Connection, number: int) -> set[str]:
 def test_missing_is_what_a_recomputation_misses(
     connection: Connection, monkeypatch: pytest.MonkeyPatch, seed: int, looked_up: int
 ) -> None:
-    monkeypatch.setattr("everruns_pipelines.reporting.missing._MOST_SESSIONS", looked_up)
+    monkeypatch.setattr("everruns_pipelines.reporting.slices._MOST_SESSIONS", looked_up)
     load_adversarial_sources(connection, seed=seed, sessions=15, events_per_session=20)
     ensure_schema(connection)
     assert _enqueued_all(connection) == {

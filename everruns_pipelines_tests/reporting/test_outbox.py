@@ -618,6 +618,17 @@ def test_a_change_during_a_batch_is_projected_afterwards(
     assert differences(world.connection) == []
 
 
+def test_a_generation_is_projected_under_whatever_version_it_was_enqueued(world: World) -> None:
+    org = world.org()
+    late = world.generation(org, output_tokens=7)
+    world.enqueue(org, "llm_generation", late, f"{late}:late_usage")
+
+    drain_all(world.connection)
+
+    assert rows(world.connection, "SELECT output_tokens FROM fact_llm_generation") == [(7,)]
+    assert rows(world.connection, "SELECT status FROM reporting_outbox") == [("completed",)]
+
+
 def test_completed_rows_that_are_enqueued_again_are_projected_again(world: World) -> None:
     id_ = world.tool_call(world.org())
     enqueue_all(world.connection)
@@ -632,17 +643,6 @@ def test_completed_rows_that_are_enqueued_again_are_projected_again(world: World
 
 
 # Release and purge.
-
-
-def test_a_generation_is_projected_under_whatever_version_it_was_enqueued(world: World) -> None:
-    org = world.org()
-    late = world.generation(org, output_tokens=7)
-    world.enqueue(org, "llm_generation", late, f"{late}:late_usage")
-
-    drain_all(world.connection)
-
-    assert rows(world.connection, "SELECT output_tokens FROM fact_llm_generation") == [(7,)]
-    assert rows(world.connection, "SELECT status FROM reporting_outbox") == [("completed",)]
 
 
 def test_released_rows_are_due_as_if_they_had_not_been_claimed(world: World) -> None:

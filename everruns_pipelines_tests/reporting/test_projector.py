@@ -290,6 +290,24 @@ def test_digits_beyond_bigint_count_as_no_number_and_are_reported(world: World) 
     }
 
 
+def test_projecting_a_session_removes_no_fact_of_another_one(world: World) -> None:
+    connection = world.connection
+    org = world.org()
+    owner = world.session(org, capabilities='["kept"]')
+    other = world.session(org)
+    enqueue_all(connection)
+    drain_all(connection)
+    connection.execute("UPDATE fact_capability_usage SET session_id = %s", [other])
+    connection.execute("DELETE FROM reporting_outbox")
+    world.enqueue(org, "session", other)
+
+    drain_all(connection)
+
+    assert rows(connection, "SELECT source_key FROM fact_capability_usage") == [
+        (f"session:{owner}:configured:session:kept",)
+    ]
+
+
 def test_late_tool_calls_and_renames_are_put_right_by_materializing_the_day(world: World) -> None:
     connection = world.connection
     org = world.org()
