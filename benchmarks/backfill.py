@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.projection import database, insert_bare
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.embedded.servers import embedded_postgres_url
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import SOURCES
 from everruns_pipelines.reporting.projector import projections_of
@@ -148,7 +148,7 @@ def backfill(home: Path, name: str, missing: int) -> float:
 @contextmanager
 def connected(home: Path, name: str) -> Generator[Connection]:
     url = embedded_postgres_url(home, name)
-    postgres = PostgresResource(Settings.from_environment({"EVERRUNS_POSTGRES_URL": url}))
+    postgres = PostgresDatabase(Settings.from_environment({"EVERRUNS_POSTGRES_URL": url}))
     with postgres.connect() as connection:
         yield connection
 

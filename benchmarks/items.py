@@ -22,11 +22,11 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
-from everruns_pipelines.clickhouse import ClickHouse, ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouse, ClickHouseDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.items.reading import Selection, SpanTable
 from everruns_pipelines.items.rebuild import Rebuilt, rebuild
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.settings import Settings
 
 SPANS = 5_000_000
@@ -44,7 +44,7 @@ def main() -> None:
     table = Table("what", "measured", "target", "met")
     with tempfile.TemporaryDirectory(prefix="everruns-bench-", ignore_cleanup_errors=True) as home:
         settings = Settings.from_environment({"EVERRUNS_HOME": home})
-        bench = Bench(PostgresResource(settings), ClickHouseResource(settings))
+        bench = Bench(PostgresDatabase(settings), ClickHouseDatabase(settings))
         with timed() as took:
             bench.prepare()
         print(f"{SPANS:,} spans made in {took():.0f} s", file=sys.stderr)
@@ -55,8 +55,8 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    postgres: PostgresResource
-    clickhouse: ClickHouseResource
+    postgres: PostgresDatabase
+    clickhouse: ClickHouseDatabase
 
     def prepare(self) -> None:
         with self.postgres.connect() as connection:
@@ -341,7 +341,7 @@ def peak(home: Path, session: str) -> float:
 
 def rebuild_and_print_peak(home: str, session: str) -> None:
     settings = Settings.from_environment({"EVERRUNS_HOME": home})
-    bench = Bench(PostgresResource(settings), ClickHouseResource(settings))
+    bench = Bench(PostgresDatabase(settings), ClickHouseDatabase(settings))
     bench.rebuild(session)
     # Not getrusage: what it tells began before exec, in the process that started this one.
     print(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from everruns_pipelines.client import Deployment
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.reporting.automation import reporting_outbox_sensor
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.settings import Settings
@@ -63,7 +63,7 @@ def python_seconds(code: str, home: str) -> float:
 
 def tick() -> Generator[tuple[str, str, str]]:
     with sample(events=60) as (settings, _):
-        postgres = PostgresResource(settings)
+        postgres = PostgresDatabase(settings)
         with postgres.connect() as connection:
             connection.execute("TRUNCATE reporting_outbox")
             connection.execute(
@@ -81,7 +81,7 @@ def tick() -> Generator[tuple[str, str, str]]:
         with dg.DagsterInstance.ephemeral() as instance:  # pyright: ignore[reportUnknownMemberType]
             for _ in range(TICKS):
                 with dg.build_sensor_context(
-                    instance=instance, resources={"postgres": postgres}
+                    instance=instance, resources={"everruns_postgres": postgres}
                 ) as context:
                     started = time.perf_counter()
                     reporting_outbox_sensor(context)
@@ -137,7 +137,7 @@ def sample(events: int) -> Generator[tuple[Settings, Path]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         home = Path(directory)
         settings = Settings.from_environment({"EVERRUNS_HOME": str(home / "everruns")})
-        with PostgresResource(settings).connect() as connection:
+        with PostgresDatabase(settings).connect() as connection:
             prepare(connection)
             load_sample_data(connection, events=events, enqueued_share=0.0)
             connection.execute("ANALYZE")

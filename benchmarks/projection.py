@@ -19,9 +19,9 @@ from psycopg import sql
 from rich.console import Console
 from rich.table import Table
 
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.embedded.servers import embedded_postgres_url
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES, Fact, Projection, Source
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.reporting.drain import drain_in_parallel
@@ -64,7 +64,7 @@ def speed(home: Path) -> Generator[tuple[str, str, str, str]]:
         with database(home, f"set_{number}", like="sample"):
             url = embedded_postgres_url(home, f"set_{number}")
             settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": url})
-            seconds, _ = timed(lambda settings=settings: project(PostgresResource(settings)))
+            seconds, _ = timed(lambda settings=settings: project(PostgresDatabase(settings)))
             set_based.append(seconds)
         with database(home, f"bare_{number}", like="sample") as connection:
             seconds, _ = timed(lambda connection=connection: insert_bare(connection))
@@ -132,12 +132,12 @@ def memory(home: Path) -> Generator[tuple[str, str, str, str]]:
 def print_peak() -> None:
     """Project everything due in the database of the first argument; print the peak in KiB."""
     settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": sys.argv[1]})
-    project(PostgresResource(settings))
+    project(PostgresDatabase(settings))
     # Not getrusage: what it tells began before exec, in the process that started this one.
     print(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
-def project(postgres: PostgresResource) -> None:
+def project(postgres: PostgresDatabase) -> None:
     for _ in drain_in_parallel(postgres):
         pass
 
@@ -226,7 +226,7 @@ def database(home: Path, name: str, like: str = "everruns") -> Generator[Connect
         )
     url = embedded_postgres_url(home, name)
     settings = Settings.from_environment({"EVERRUNS_POSTGRES_URL": url})
-    with PostgresResource(settings).connect() as connection:
+    with PostgresDatabase(settings).connect() as connection:
         prepare(connection)
         connection.execute("CHECKPOINT")  # what is timed does not write the copy to disk
         yield connection

@@ -40,7 +40,10 @@ def storage_url(settings: Settings) -> str:
     """The URL of the storage. Holds a password: never to be printed."""
     if settings.dagster_postgres_url is not None:
         return settings.dagster_postgres_url.get_secret_value()
-    from everruns_pipelines.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
+    from everruns_pipelines.databases.embedded.servers import (
+        DAGSTER_DATABASE,
+        embedded_postgres_url,
+    )
 
     return embedded_postgres_url(settings.home, DAGSTER_DATABASE)
 

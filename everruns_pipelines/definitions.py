@@ -1,12 +1,11 @@
 """The composition root: the one Definitions, and nothing else."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
-from everruns_pipelines.clickhouse import ClickHouseResource
-from everruns_pipelines.health import health_schedule, measure_health, pipeline_health
-from everruns_pipelines.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.items.assets import item_assets, span_table
 from everruns_pipelines.items.automation import (
     item_failures_sensor,
@@ -14,7 +13,9 @@ from everruns_pipelines.items.automation import (
     materialize_items,
 )
 from everruns_pipelines.items.jobs import rebuild_items
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
+from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
+from everruns_pipelines.orchestration.resources import resources
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.automation import (
     materialize_reporting,
@@ -28,8 +29,14 @@ from everruns_pipelines.settings import Settings
 warnings.filterwarnings("ignore", ".*owners.*SensorDefinition", dg.BetaWarning)
 
 
-def build_definitions(settings: Settings) -> dg.Definitions:
-    """Everything that Dagster is to know, for the given settings."""
+def build_definitions(
+    settings: Settings, overrides: Mapping[str, Any] | None = None
+) -> dg.Definitions:
+    """Everything that Dagster is to know, for the given settings.
+
+    Args:
+        overrides: resources to use instead of the settings' own, by key; for tests.
+    """
     with warnings.catch_warnings():
         # Single-run backfills and partitioned checks: young, and chosen on purpose.
         warnings.simplefilter("ignore", dg.BetaWarning)
@@ -56,12 +63,9 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             housekeeping_schedule(settings),
             health_schedule,
         ],
-        resources={
-            "postgres": PostgresResource(settings),
-            "clickhouse": ClickHouseResource(settings),
-            # Between the ops of a run nothing needs to be kept on disk.
-            "mem_io_manager": dg.mem_io_manager,
-        },
+        resources={**resources(settings), **(overrides or {})},
+        # A day costs two seconds in the run's own process, and twenty in one of its own.
+        executor=dg.in_process_executor,
     )
 
 

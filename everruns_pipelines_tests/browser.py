@@ -14,8 +14,8 @@ from pathlib import Path
 from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 from everruns_pipelines.client import Deployment
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.deployment import live_deployment
 
@@ -96,7 +96,7 @@ def make_pictures(pictures: Path) -> None:
             "EVERRUNS_HOME": str(home / "everruns"),
             "EVERRUNS_REPORTING_START": str(datetime.now(UTC).date() - timedelta(days=21)),
         }
-        postgres = PostgresResource(Settings.from_environment(environment))
+        postgres = PostgresDatabase(Settings.from_environment(environment))
         with postgres.connect() as connection, live_deployment(home, environment) as live:
             deployment = Deployment(live.url)
             load_sample_data(connection, events=6000)

@@ -11,8 +11,8 @@ import pytest
 from dagster import DagsterInstance
 from psycopg import sql
 
-from everruns_pipelines.embedded.servers import embedded_postgres_url, stop_server
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url, stop_server
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 
 _ENOUGH_MEMORY = 4 * 2**30  # bytes
@@ -65,12 +65,12 @@ def settings(postgres_url: str, home: Path) -> Settings:
 
 
 @pytest.fixture
-def postgres(settings: Settings) -> PostgresResource:
-    return PostgresResource(settings)
+def postgres(settings: Settings) -> PostgresDatabase:
+    return PostgresDatabase(settings)
 
 
 @pytest.fixture
-def connection(postgres: PostgresResource) -> Iterator[Connection]:
+def connection(postgres: PostgresDatabase) -> Iterator[Connection]:
     with postgres.connect() as connection:
         yield connection
 

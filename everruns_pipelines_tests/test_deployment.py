@@ -14,12 +14,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from everruns_pipelines import cli
-from everruns_pipelines.clickhouse import ClickHouseResource
 from everruns_pipelines.client import Deployment, Progress
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.embedded.servers import embedded_postgres_url
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.commands import main
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.browser import CHROMIUM, launch_backfill, look_around, opened
 from everruns_pipelines_tests.deployment import ROOT, LiveDeployment, live_deployment, until
@@ -40,7 +40,7 @@ def live_settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 "EVERRUNS_HOME": str(home),
             }
         )
-        with PostgresResource(settings).connect() as connection:
+        with PostgresDatabase(settings).connect() as connection:
             load_sample_data(connection, events=1500, days=3, enqueued_share=0.5)
             _report_an_item(settings, connection)
         yield settings
@@ -48,11 +48,12 @@ def live_settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def _report_an_item(settings: Settings, connection: Connection) -> None:
-    from everruns_pipelines.embedded.clickhouse import ensure_span_tables
+    from everruns_pipelines.databases.embedded.clickhouse import span_tables
 
-    world = World(PostgresResource(settings), ClickHouseResource(settings), connection)
+    world = World(PostgresDatabase(settings), ClickHouseDatabase(settings), connection)
     with world.clickhouse.connect() as opened_engine:
-        ensure_span_tables(opened_engine.client)
+        for statement in span_tables():
+            opened_engine.client.command(statement)
     world.add_project("webapp", PROJECT)
     world.add(Span([envelope("one")]))
 
@@ -73,7 +74,7 @@ def live(
 
 
 def test_the_sensor_drains_what_is_due(live: LiveDeployment, live_settings: Settings) -> None:
-    with PostgresResource(live_settings).connect() as connection:
+    with PostgresDatabase(live_settings).connect() as connection:
 
         def is_drained() -> bool:
             query = "SELECT count(*) FROM reporting_outbox WHERE status <> 'completed'"
@@ -85,7 +86,7 @@ def test_the_sensor_drains_what_is_due(live: LiveDeployment, live_settings: Sett
 def test_backfill_over_http_prints_its_counts(
     live: LiveDeployment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["backfill", "--limit", "40", "--url", live.url]) == 0
+    assert main.run(["backfill", "--limit", "40", "--url", live.url]) == 0
     printed = capsys.readouterr()
     assert list(json.loads(printed.out)) == COUNTS
     assert json.loads(printed.out)["enqueued"] == 40
@@ -96,7 +97,7 @@ def test_backfill_over_http_prints_its_counts(
 def test_a_run_that_refuses_is_told_like_the_api_does(
     live: LiveDeployment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["project", "--org-id", "77", "--url", live.url]) == 2
+    assert main.run(["project", "--org-id", "77", "--url", live.url]) == 2
     told = json.loads(capsys.readouterr().out)
     assert (told["code"], told["status"]) == ("not_found_error", 404)
 
@@ -105,7 +106,7 @@ def test_rebuild_over_http_prints_what_it_processed(
     live: LiveDeployment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scope = ["--organization", "acme", "--workspace", "red", "--project", "webapp"]
-    assert cli.run(["rebuild", *scope, "--session-id", SESSION, "--url", live.url]) == 0
+    assert main.run(["rebuild", *scope, "--session-id", SESSION, "--url", live.url]) == 0
     assert json.loads(capsys.readouterr().out) == {"processed": 1}
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.failures import RETRIES, told_plainly
-from everruns_pipelines.partitions import day_partitions
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
-from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
 
 if TYPE_CHECKING:
     from everruns_pipelines.items.rebuild import Rebuilt
@@ -127,15 +127,20 @@ def item_assets(settings: Settings) -> ItemAssets:
     )
     def items(
         context: dg.AssetExecutionContext,
-        postgres: dg.ResourceParam[PostgresResource],
-        clickhouse: dg.ResourceParam[ClickHouseResource],
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> None:
         from everruns_pipelines.items.rebuild import rebuild_day
 
         for day in context.partition_keys:
             context.log.info(f"Rebuilding the items of {day}")
             with items_failures():
-                done = rebuild_day(postgres, clickhouse, date.fromisoformat(day), context.log.info)
+                done = rebuild_day(
+                    everruns_postgres,
+                    everruns_clickhouse,
+                    date.fromisoformat(day),
+                    context.log.info,
+                )
             context.add_asset_metadata(as_metadata(done), partition_key=day)
 
     @dg.multi_asset_check(
@@ -158,8 +163,8 @@ def item_assets(settings: Settings) -> ItemAssets:
     )
     def items_equal_their_spans(
         context: dg.AssetCheckExecutionContext,
-        postgres: dg.ResourceParam[PostgresResource],
-        clickhouse: dg.ResourceParam[ClickHouseResource],
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.items.rebuild import rebuild_day
 
@@ -168,8 +173,8 @@ def item_assets(settings: Settings) -> ItemAssets:
         for day in context.partition_keys:
             with items_failures():
                 would = rebuild_day(
-                    postgres,
-                    clickhouse,
+                    everruns_postgres,
+                    everruns_clickhouse,
                     date.fromisoformat(day),
                     context.log.info,
                     dry_run=True,

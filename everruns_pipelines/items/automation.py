@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Self
 
 import dagster as dg
 
-from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.jobs import rebuild_items
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.orchestration.timetable import BackOff, cron, day_range_tags
 from everruns_pipelines.settings import Settings
-from everruns_pipelines.timetable import BackOff, cron, day_range_tags
 
 if TYPE_CHECKING:
     from everruns_pipelines.items.unstored import Reported, Unstored
@@ -90,8 +90,8 @@ class _Memory:
 )
 def item_failures_sensor(
     context: dg.SensorEvaluationContext,
-    postgres: dg.ResourceParam[PostgresResource],
-    clickhouse: dg.ResourceParam[ClickHouseResource],
+    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dg.SensorResult:
     """Look at what was reported since the last look; launch what lacks its item."""
     import psycopg
@@ -100,12 +100,14 @@ def item_failures_sensor(
     memory = _Memory.read(context.cursor)
     if now < memory.back_off.until:
         return _skipped(f"Trying again at {_clock(memory.back_off.until)}", memory)
-    if not clickhouse.is_there():
+    if not everruns_clickhouse.is_there():
         return _skipped("No spans are stored yet", memory)
     try:
         until = int(now) - _GRACE
-        reported = _reported(clickhouse, max(memory.since, until - _LONGEST_LOOK_BACK), until)
-        unstored = _unstored(postgres, reported)
+        reported = _reported(
+            everruns_clickhouse, max(memory.since, until - _LONGEST_LOOK_BACK), until
+        )
+        unstored = _unstored(everruns_postgres, reported)
     except Refusal as refusal:
         if refusal.code == "locked":
             return _skipped(refusal.detail, memory)
@@ -152,14 +154,14 @@ def _schedule(settings: Settings, name: str, at: str, days: int) -> dg.ScheduleD
     return schedule
 
 
-def _reported(clickhouse: ClickHouseResource, since: int, until: int) -> "Reported":
+def _reported(clickhouse: ClickHouseDatabase, since: int, until: int) -> "Reported":
     from everruns_pipelines.items.unstored import find_reported
 
     with clickhouse.connect(patience=_PATIENCE) as opened:
         return find_reported(opened, clickhouse.settings.spans_table, since, until)
 
 
-def _unstored(postgres: PostgresResource, reported: "Reported") -> "list[Unstored]":
+def _unstored(postgres: PostgresDatabase, reported: "Reported") -> "list[Unstored]":
     from everruns_pipelines.items.unstored import find_unstored
 
     if not reported.rows:

@@ -6,11 +6,11 @@ Run config is in `RebuildConfig`. See https://docs.dagster.io/guides/build/ops.
 import dagster as dg
 from pydantic import Field
 
-from everruns_pipelines.clickhouse import ClickHouseResource
-from everruns_pipelines.failures import RETRIES
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.orchestration.failures import RETRIES
 
 
 class RebuildConfig(dg.Config):
@@ -40,21 +40,21 @@ class RebuildConfig(dg.Config):
 @dg.op(
     name="rebuild",
     description="Bring items back to what their spans say.",
-    out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+    out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     pool="clickhouse",
     retry_policy=RETRIES,
 )
 def rebuild_op(
     context: dg.OpExecutionContext,
     config: RebuildConfig,
-    postgres: dg.ResourceParam[PostgresResource],
-    clickhouse: dg.ResourceParam[ClickHouseResource],
+    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dict[str, int]:
     """Rebuild and return the counts of the interface, which are the output's metadata too."""
     from everruns_pipelines.items.rebuild import rebuild
 
     with items_failures():
-        done = rebuild(postgres, clickhouse, config.request(), context.log.info)
+        done = rebuild(everruns_postgres, everruns_clickhouse, config.request(), context.log.info)
     context.add_output_metadata(as_metadata(done))
     return done.counts()
 

@@ -15,9 +15,9 @@ from uuid import UUID
 
 import psycopg
 
-from everruns_pipelines.clickhouse import ClickHouse, ClickHouseFailure
+from everruns_pipelines.databases.clickhouse import ClickHouse, ClickHouseFailure
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import Connection
 
 # Attributes longer than this, in bytes, are rejected as a whole. OTLP messages are 4 MiB.
 LONGEST_ATTRIBUTES = 16 << 20

@@ -17,14 +17,14 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.rows import class_row
 
-from everruns_pipelines import own_schema
-from everruns_pipelines.clickhouse import ClickHouseResource, Log, retrying
+from everruns_pipelines.databases import own_schema
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, Log, retrying
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.envelope import Found, read_damaged, read_envelope
 from everruns_pipelines.items.objects import OBJECTS_AT_ONCE, ObjectStore
 from everruns_pipelines.items.reading import Selection, SpanTable, of_day, stage
 from everruns_pipelines.items.scope import RebuildRequest, resolve_project
-from everruns_pipelines.postgres import Connection, PostgresResource
 
 BATCH_SIZE = 5000
 _VALUES_AT_ONCE = 4
@@ -118,7 +118,7 @@ def ensure_schema(connection: Connection) -> None:
 
 
 def rebuild(
-    postgres: PostgresResource, clickhouse: ClickHouseResource, request: RebuildRequest, log: Log
+    postgres: PostgresDatabase, clickhouse: ClickHouseDatabase, request: RebuildRequest, log: Log
 ) -> Rebuilt:
     """Bring the items of a session or of runs back to what their spans say.
 
@@ -142,8 +142,8 @@ def rebuild(
 
 
 def rebuild_day(
-    postgres: PostgresResource,
-    clickhouse: ClickHouseResource,
+    postgres: PostgresDatabase,
+    clickhouse: ClickHouseDatabase,
     day: date,
     log: Log,
     *,
@@ -166,7 +166,7 @@ def rebuild_day(
 
 def _read_spans(
     connection: Connection,
-    clickhouse: ClickHouseResource,
+    clickhouse: ClickHouseDatabase,
     log: Log,
     selections: Callable[[SpanTable], Iterable[Selection]],
     projects: Sequence[str] | None = None,

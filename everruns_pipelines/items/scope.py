@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import LiteralString
 from uuid import UUID
 
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection
 
 
 @dataclass(frozen=True)

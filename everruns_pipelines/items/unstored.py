@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import LiteralString, cast
 
-from everruns_pipelines.clickhouse import ClickHouse
+from everruns_pipelines.databases.clickhouse import ClickHouse
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.items.rebuild import ensure_schema
-from everruns_pipelines.postgres import Connection
 
 # Reported items looked at in one go.
 MOST_REPORTED = 5000

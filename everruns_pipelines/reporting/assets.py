@@ -13,14 +13,14 @@ from uuid import UUID
 import dagster as dg
 from pydantic import Field
 
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.failures import RETRIES, told_plainly
-from everruns_pipelines.partitions import day_partitions
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
-from everruns_pipelines.timetable import FAILED_AFTER, STALE_AFTER
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.reconcile import DayReport, DayState
@@ -96,12 +96,12 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
     def materialize(
         context: dg.AssetExecutionContext,
         config: FactConfig,
-        postgres: dg.ResourceParam[PostgresResource],
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> None:
         from everruns_pipelines.reporting.database import prepare
         from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
 
-        with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+        with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
             days = _days(context, partitions)
             session_id = _session_id(config)
             prepare(connection)
@@ -199,12 +199,13 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
         pool="postgres",
     )
     def check(
-        context: dg.AssetCheckExecutionContext, postgres: dg.ResourceParam[PostgresResource]
+        context: dg.AssetCheckExecutionContext,
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.reporting.database import prepare
         from everruns_pipelines.reporting.reconcile import compare_day, stage_days
 
-        with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+        with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
             days = _days(context, partitions)
             prepare(connection)
             stage_days(connection, fact, days[0], days[-1])

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.orchestration.timetable import BackOff, cron, day_range_tags, pause_after
 from everruns_pipelines.reporting.jobs import DRAINS, project_reporting
 from everruns_pipelines.settings import Settings
-from everruns_pipelines.timetable import BackOff, cron, day_range_tags, pause_after
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.watch import Due
@@ -54,7 +54,7 @@ materialize_reporting = dg.define_asset_job(  # pyright: ignore[reportUnknownMem
     "It waits longer and longer while the database is away, or while its runs fail.",
 )
 def reporting_outbox_sensor(
-    context: dg.SensorEvaluationContext, postgres: dg.ResourceParam[PostgresResource]
+    context: dg.SensorEvaluationContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> dg.SensorResult:
     """Look what is due; launch unless somebody is at it already."""
     import psycopg
@@ -70,7 +70,7 @@ def reporting_outbox_sensor(
             back_off,
         )
     try:
-        with postgres.connect() as connection:
+        with everruns_postgres.connect() as connection:
             due = find_due(connection)
     except Refusal as refusal:
         return _skipped(refusal.detail, back_off.again(now))

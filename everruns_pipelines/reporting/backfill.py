@@ -14,8 +14,8 @@ from typing import LiteralString, cast
 
 import psycopg
 
+from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection, transaction, tried_again
 from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.missing import find_missing

@@ -9,9 +9,9 @@ from typing import LiteralString, cast
 
 from psycopg import sql
 
-from everruns_pipelines import own_schema
+from everruns_pipelines.databases import own_schema
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 

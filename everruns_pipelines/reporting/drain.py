@@ -9,8 +9,13 @@ from threading import Lock, Thread
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
+from everruns_pipelines.databases.postgres import (
+    Connection,
+    PostgresDatabase,
+    transaction,
+    tried_again,
+)
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.postgres import Connection, PostgresResource, transaction, tried_again
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.outbox import Claim, Outbox
@@ -122,7 +127,7 @@ def drain(
 
 
 def drain_in_parallel(
-    postgres: PostgresResource,
+    postgres: PostgresDatabase,
     *,
     org_id: int | None = None,
     batch_size: int = 5000,

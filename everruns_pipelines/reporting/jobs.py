@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, cast
 import dagster as dg
 from pydantic import Field
 
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.failures import RETRIES, told_plainly
-from everruns_pipelines.partitions import day_partitions
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.partitions import day_partitions
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.drain import Drained
@@ -54,7 +54,7 @@ class ProjectConfig(dg.Config):
 @dg.op(
     name="enqueue",
     out={
-        "result": dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+        "result": dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
         "drain": dg.Out(dg.Nothing, is_required=False),
     },
     pool="postgres",
@@ -63,7 +63,7 @@ class ProjectConfig(dg.Config):
 def enqueue_op(
     context: dg.OpExecutionContext,
     config: EnqueueConfig,
-    postgres: dg.ResourceParam[PostgresResource],
+    everruns_postgres: dg.ResourceParam[PostgresDatabase],
 ) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
     """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
     from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
@@ -72,7 +72,7 @@ def enqueue_op(
     from everruns_pipelines.reporting.drain import check
 
     request = BackfillRequest(config.limit, config.org_id, config.source_types, config.dry_run)
-    with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
         check_platform(connection)
         check_request(connection, request)
         check(connection, **_config_of_project(context))
@@ -90,20 +90,20 @@ def enqueue_op(
 @dg.op(
     name="project",
     ins={"after": dg.In(dg.Nothing)},
-    out=dg.Out(dict[str, int], io_manager_key="mem_io_manager"),
+    out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     # Not tried again: its counts would be those of the last attempt. What is due stays due.
     pool="postgres",
 )
 def project_op(
     context: dg.OpExecutionContext,
     config: ProjectConfig,
-    postgres: dg.ResourceParam[PostgresResource],
+    everruns_postgres: dg.ResourceParam[PostgresDatabase],
 ) -> dict[str, int]:
     """Project what is due in the outbox into the facts, batch by batch."""
     from everruns_pipelines.reporting.database import check_platform, prepare
     from everruns_pipelines.reporting.drain import Drained, check, drain_in_parallel
 
-    with told_plainly(Refusal.as_problem_details), postgres.connect() as connection:
+    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
         check_platform(connection)
         check(
             connection,
@@ -115,7 +115,7 @@ def project_op(
         drained = Drained()
         try:
             for batch in drain_in_parallel(
-                postgres,
+                everruns_postgres,
                 org_id=config.org_id,
                 batch_size=config.batch_size,
                 max_rows=config.max_rows,
@@ -123,7 +123,7 @@ def project_op(
                 drained.add(batch)
                 context.log.info(_progress(connection, config, drained))
         finally:
-            _report(context, postgres, drained)
+            _report(context, everruns_postgres, drained)
     context.add_output_metadata(drained.result())
     return drained.result()
 
@@ -149,7 +149,7 @@ def _progress(connection: Connection, config: ProjectConfig, drained: "Drained")
     return f"{drained.claimed} rows claimed, {drained.failed} failed; {more}{remaining} remain"
 
 
-def _report(context: dg.OpExecutionContext, postgres: PostgresResource, drained: "Drained") -> None:
+def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained: "Drained") -> None:
     """Report a materialization for each fact and day that was touched, so that the partitions view
     of the UI is true. Days before the first partition are not in that view, nor is any that no
     partition can be: PostgreSQL's times are allowed to be infinite.

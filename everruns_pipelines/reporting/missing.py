@@ -8,7 +8,7 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
 from everruns_pipelines.reporting.keys import declared_hashes, differs, hash_of, seed, sliced_facts
 from everruns_pipelines.reporting.query import EVERYTHING, expected_rows, selected_rows

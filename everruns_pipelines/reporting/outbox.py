@@ -15,7 +15,7 @@ from typing import Any, LiteralString, cast
 import psycopg
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.databases.postgres import Connection, transaction
 from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.projector import Failure
 

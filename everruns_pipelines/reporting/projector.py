@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import FACTS, SESSION, Fact, Projection, Source
 from everruns_pipelines.reporting.query import STAGED, projected_rows
 

@@ -13,7 +13,7 @@ from functools import partial
 
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, transaction, tried_again
+from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
 from everruns_pipelines.reporting.catalog import SESSION, Fact, Source
 from everruns_pipelines.reporting.projector import (
     Failure,

@@ -13,7 +13,7 @@ from typing import Any
 
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Fact
 from everruns_pipelines.reporting.keys import (
     declared_hashes,

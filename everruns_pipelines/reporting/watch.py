@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 
 # Counting stops here: that there is plenty to do is all that is asked.
 MOST_COUNTED = 1000

@@ -6,10 +6,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from everruns_pipelines.clickhouse import ClickHouseResource
-from everruns_pipelines.embedded.clickhouse import ensure_span_tables
-from everruns_pipelines.embedded.servers import embedded_postgres_url
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.embedded.clickhouse import span_tables
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import PROJECT, World
 
@@ -41,8 +41,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         directory = tmp_path_factory.mktemp("chdb") / "data"
         directory.mkdir()
         settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{directory}"})
-        with ClickHouseResource(settings).connect() as clickhouse:
-            ensure_span_tables(clickhouse.client, generation)
+        with ClickHouseDatabase(settings).connect() as clickhouse:
+            for statement in span_tables(generation):
+                clickhouse.client.command(statement)
         made[generation] = directory
     return made
 
@@ -73,6 +74,6 @@ def settings(postgres_url: str, home: Path, engine: Path) -> Settings:
 @pytest.fixture
 def world(settings: Settings, connection: Connection) -> World:
     """The project acme/red/webapp, without spans and without items."""
-    world = World(PostgresResource(settings), ClickHouseResource(settings), connection)
+    world = World(PostgresDatabase(settings), ClickHouseDatabase(settings), connection)
     world.add_project("webapp", PROJECT)
     return world

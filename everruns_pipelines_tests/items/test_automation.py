@@ -8,11 +8,11 @@ import dagster as dg
 import pytest
 from dagster import DagsterInstance
 
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.items import automation, unstored
 from everruns_pipelines.items.automation import item_failures_sensor
-from everruns_pipelines.postgres import PostgresResource
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import (
     ORGANIZATION,
@@ -35,11 +35,14 @@ def span(name: str, *, start: datetime | None = None, **fields: Any) -> Span:
 
 
 def tick(
-    world: World, cursor: str | None = None, clickhouse: ClickHouseResource | None = None
+    world: World, cursor: str | None = None, clickhouse: ClickHouseDatabase | None = None
 ) -> dg.SensorResult:
     with dg.build_sensor_context(
         cursor=cursor,
-        resources={"postgres": world.postgres, "clickhouse": clickhouse or world.clickhouse},
+        resources={
+            "everruns_postgres": world.postgres,
+            "everruns_clickhouse": clickhouse or world.clickhouse,
+        },
     ) as context:
         return cast("dg.SensorResult", item_failures_sensor(context))
 
@@ -162,12 +165,12 @@ def test_pending_spans_and_other_outputs_are_passed_over(world: World) -> None:
 
 def test_without_spans_the_embedded_engine_is_not_even_opened(world: World, home: Any) -> None:
     settings = Settings.from_environment({"EVERRUNS_HOME": str(home / "elsewhere")})
-    result = tick(world, clickhouse=ClickHouseResource(settings))
+    result = tick(world, clickhouse=ClickHouseDatabase(settings))
     assert said(result) == "No spans are stored yet"
 
 
 def test_it_backs_off_while_a_database_is_away(world: World) -> None:
-    away = PostgresResource(
+    away = PostgresDatabase(
         Settings.from_environment(
             {"EVERRUNS_POSTGRES_URL": "postgresql://me:secret@127.0.0.1:1/nowhere"}
         )
@@ -184,7 +187,7 @@ def test_it_backs_off_while_a_database_is_away(world: World) -> None:
 
 def test_a_missing_span_table_is_told(world: World) -> None:
     settings = world.clickhouse.settings.model_copy(update={"spans_table": "elsewhere"})
-    assert "no such table" in said(tick(world, clickhouse=ClickHouseResource(settings)))
+    assert "no such table" in said(tick(world, clickhouse=ClickHouseDatabase(settings)))
 
 
 def test_a_busy_engine_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

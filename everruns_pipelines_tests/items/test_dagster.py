@@ -34,9 +34,9 @@ def definitions(world: World) -> dg.Definitions:
             _define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
         ],
         resources={
-            "postgres": world.postgres,
-            "clickhouse": world.clickhouse,
-            "mem_io_manager": dg.mem_io_manager,
+            "everruns_postgres": world.postgres,
+            "everruns_clickhouse": world.clickhouse,
+            "everruns_io_manager": dg.mem_io_manager,
         },
     )
 

@@ -85,16 +85,16 @@ def test_a_dry_run_counts_links_by_the_refs_that_items_would_have(world: World) 
 _REBUILD = """
 import sys
 import everruns_pipelines.items.rebuild as module
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.settings import Settings
 
 settings = Settings.from_environment()
 module.BATCH_SIZE = 7
 module.rebuild(
-    PostgresResource(settings),
-    ClickHouseResource(settings),
+    PostgresDatabase(settings),
+    ClickHouseDatabase(settings),
     RebuildRequest("acme", "red", "webapp", sys.argv[1]),
     lambda message: print(message, flush=True),
 )

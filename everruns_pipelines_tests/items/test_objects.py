@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines_tests.items.world import (
     OTHER_SESSION,
@@ -24,7 +24,7 @@ from everruns_pipelines_tests.items.world import (
 
 def _at(world: World, url: str) -> World:
     settings = world.clickhouse.settings.model_copy(update={"object_store_url": url})
-    return World(world.postgres, ClickHouseResource(settings), world.connection, world.log)
+    return World(world.postgres, ClickHouseDatabase(settings), world.connection, world.log)
 
 
 def _offloaded(name: str, uri: str) -> Row:

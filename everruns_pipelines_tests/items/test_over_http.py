@@ -4,16 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from everruns_pipelines.clickhouse import ClickHouseFailure, ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
-from everruns_pipelines_tests.http_engine import Fault, HttpEngine, serving
+from everruns_pipelines_tests.databases.http_engine import Fault, HttpEngine, serving
 from everruns_pipelines_tests.items.world import Span, World, envelope, key
 
 
 @pytest.fixture
 def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpEngine]:
-    monkeypatch.setattr("everruns_pipelines.clickhouse.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("everruns_pipelines.databases.clickhouse.PAUSES", (0.0, 0.0))
     with serving(world.clickhouse) as server:
         yield server
 
@@ -21,7 +21,7 @@ def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpEngine
 def _over_http(world: World, server: HttpEngine, **environment: str) -> World:
     settings = world.clickhouse.settings.model_dump(by_alias=True, exclude_none=True)
     settings |= {"EVERRUNS_CLICKHOUSE_DSN": server.dsn, **environment}
-    remote = ClickHouseResource(Settings.model_validate(settings))
+    remote = ClickHouseDatabase(Settings.model_validate(settings))
     return World(world.postgres, remote, world.connection)
 
 
@@ -48,7 +48,7 @@ def test_one_fault_is_survived(
     world.add(Span([envelope("one"), envelope("two")], name="a"), Span([envelope("three")]))
     remote = _over_http(world, server)
     if fault == "stall":
-        monkeypatch.setattr("everruns_pipelines.clickhouse.STALL_TIMEOUT", 3)
+        monkeypatch.setattr("everruns_pipelines.databases.clickhouse.STALL_TIMEOUT", 3)
     server.faults = [fault]
     assert remote.rebuild().inserted == 3
     assert server.faults == []
@@ -91,7 +91,7 @@ def test_faults_without_end_fail_the_run_and_write_nothing(
 def test_a_server_that_refuses_is_asked_again_and_then_the_run_fails(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everruns_pipelines.clickhouse.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("everruns_pipelines.databases.clickhouse.PAUSES", (0.0, 0.0))
     with serving(world.clickhouse) as server:
         gone = _over_http(world, server)
     with pytest.raises(ClickHouseFailure):
@@ -113,7 +113,7 @@ def test_a_table_that_lacks_columns_is_refused(world: World) -> None:
             "CREATE TABLE IF NOT EXISTS thin (TraceId String) ENGINE = Memory"
         )
     settings = world.clickhouse.settings.model_copy(update={"spans_table": "thin"})
-    thin = World(world.postgres, ClickHouseResource(settings), world.connection)
+    thin = World(world.postgres, ClickHouseDatabase(settings), world.connection)
     with pytest.raises(Refusal, match="lacks Duration, SpanAttributes, SpanId, Timestamp"):
         thin.rebuild()
 
@@ -127,6 +127,6 @@ def test_a_qualified_table_without_its_companion_is_read_too(world: World) -> No
     with world.clickhouse.connect() as clickhouse:
         clickhouse.client.command("INSERT INTO elsewhere.spans SELECT * FROM otel_traces")
     settings = world.clickhouse.settings.model_copy(update={"spans_table": "elsewhere.spans"})
-    moved = World(world.postgres, ClickHouseResource(settings), world.connection)
+    moved = World(world.postgres, ClickHouseDatabase(settings), world.connection)
     assert moved.rebuild().inserted == 1
     assert world.items().keys() == {key("one")}

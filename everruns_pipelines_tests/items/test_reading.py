@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from everruns_pipelines.clickhouse import ClickHouse
+from everruns_pipelines.databases.clickhouse import ClickHouse
 from everruns_pipelines.items import reading
 from everruns_pipelines.items.reading import Selection, SpanTable, of_day
 from everruns_pipelines_tests.items.world import (
@@ -92,15 +92,15 @@ def _selected(clickhouse: ClickHouse) -> int:
 _REBUILD = """
 import sys
 from pathlib import Path
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.settings import Settings
 
 settings = Settings.from_environment()
 request = RebuildRequest("acme", "red", "webapp", sys.argv[1])
-done = rebuild(PostgresResource(settings), ClickHouseResource(settings), request, lambda _: None)
+done = rebuild(PostgresDatabase(settings), ClickHouseDatabase(settings), request, lambda _: None)
 print(done.processed)
 print(Path("/proc/self/status").read_text())
 """

@@ -11,10 +11,10 @@ from uuid import UUID, uuid5
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb, set_json_loads
 
-from everruns_pipelines.clickhouse import ClickHouseResource
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.items.rebuild import Rebuilt, rebuild, rebuild_day
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.postgres import Connection, PostgresResource
 
 _SEED = UUID("00000000-0000-4000-8000-000000000000")
 ORGANIZATION = uuid5(_SEED, "acme")
@@ -141,8 +141,8 @@ class Span:
 
 @dataclass(frozen=True)
 class World:
-    postgres: PostgresResource
-    clickhouse: ClickHouseResource
+    postgres: PostgresDatabase
+    clickhouse: ClickHouseDatabase
     connection: Connection
     log: list[str] = field(default_factory=list[str])
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, transaction
+from everruns_pipelines.databases.postgres import Connection, transaction
 from everruns_pipelines_tests.reporting.recompute import Json, Number, Source, json_text
 
 _T = TypeVar("_T")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting import database
 from everruns_pipelines_tests.reporting.world import World
 

@@ -20,7 +20,7 @@ from psycopg import errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 
 FACT_TABLES = (
     "fact_llm_generation",

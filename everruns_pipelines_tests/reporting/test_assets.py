@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from everruns_pipelines.partitions import day_partitions
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Settings
@@ -62,7 +62,7 @@ class Run:
         self.result = dg.materialize(
             definitions,
             instance=ephemeral(),
-            resources={"postgres": PostgresResource(settings)},
+            resources={"everruns_postgres": PostgresDatabase(settings)},
             selection=dg.AssetSelection.assets(*tables)
             | dg.AssetSelection.checks_for_assets(*tables),
             partition_key=first if last is None else None,
@@ -165,7 +165,7 @@ def test_a_range_of_days_is_one_run_with_the_counts_of_each_day(
 
 
 def test_checks_find_missing_stale_superseded_and_orphaned_rows(
-    world: World, settings: Settings, postgres: PostgresResource
+    world: World, settings: Settings, postgres: PostgresDatabase
 ) -> None:
     connection = world.connection
     org = world.org()
@@ -193,7 +193,7 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
                     partitions_def=day_partitions(settings),
                 )
             ],
-            resources={"postgres": postgres},
+            resources={"everruns_postgres": postgres},
         )
 
     result = definitions.resolve_job_def("checks").execute_in_process(

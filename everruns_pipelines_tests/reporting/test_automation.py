@@ -12,13 +12,13 @@ import pytest
 from dagster import DagsterInstance, DagsterRun
 from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.orchestration.timetable import BackOff
 from everruns_pipelines.reporting.automation import SENSOR, reporting_outbox_sensor
 from everruns_pipelines.reporting.jobs import DRAINS
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
-from everruns_pipelines.timetable import BackOff
 from everruns_pipelines_tests.deployment import ROOT
 
 
@@ -43,10 +43,10 @@ def enqueue(connection: Connection, org: int, status: str, due: str, **columns: 
 
 
 def tick(
-    instance: DagsterInstance, postgres: PostgresResource, cursor: str | None = None
+    instance: DagsterInstance, postgres: PostgresDatabase, cursor: str | None = None
 ) -> dg.SensorResult:
     with dg.build_sensor_context(
-        instance=instance, cursor=cursor, resources={"postgres": postgres}
+        instance=instance, cursor=cursor, resources={"everruns_postgres": postgres}
     ) as context:
         return cast("dg.SensorResult", reporting_outbox_sensor(context))
 
@@ -59,7 +59,7 @@ def said(result: dg.SensorResult) -> str:
 
 
 def test_nothing_is_launched_while_nothing_is_due(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "completed", "-1 day")
     enqueue(connection, org, "failed", "infinity")
@@ -70,7 +70,7 @@ def test_nothing_is_launched_while_nothing_is_due(
 
 
 def test_the_skip_reason_says_when_the_next_row_is_due(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "failed", "1 hour")
     assert re.search(r"will be tried again at \d{4}-\d\d-\d\d", said(tick(instance, postgres)))
@@ -87,7 +87,7 @@ def test_the_skip_reason_says_when_the_next_row_is_due(
 )
 def test_a_due_row_launches_one_run(
     instance: DagsterInstance,
-    postgres: PostgresResource,
+    postgres: PostgresDatabase,
     connection: Connection,
     org: int,
     status: str,
@@ -102,7 +102,7 @@ def test_a_due_row_launches_one_run(
 @pytest.mark.parametrize("due", ["-infinity", "0044-03-15 BC"])
 def test_a_row_that_is_due_since_before_pythons_calendar_launches_a_run_like_any_other(
     instance: DagsterInstance,
-    postgres: PostgresResource,
+    postgres: PostgresDatabase,
     connection: Connection,
     org: int,
     status: str,
@@ -115,7 +115,7 @@ def test_a_row_that_is_due_since_before_pythons_calendar_launches_a_run_like_any
 
 
 def test_a_row_that_is_due_after_pythons_calendar_is_told_as_late_as_it_goes(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "failed", "1 hour")
     connection.execute("UPDATE reporting_outbox SET next_attempt_at = '12000-01-01'")
@@ -132,7 +132,7 @@ def test_a_row_that_is_due_after_pythons_calendar_is_told_as_late_as_it_goes(
 )
 def test_one_run_at_a_time_projects_all_organizations(
     instance: DagsterInstance,
-    postgres: PostgresResource,
+    postgres: PostgresDatabase,
     connection: Connection,
     org: int,
     config: dict[str, Any],
@@ -148,7 +148,7 @@ def test_one_run_at_a_time_projects_all_organizations(
 
 
 def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
-    postgres: PostgresResource,
+    postgres: PostgresDatabase,
     connection: Connection,
     org: int,
     postgres_url: str,
@@ -179,7 +179,7 @@ def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
 
 
 def test_it_waits_longer_after_each_run_that_fails(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "pending", "-1 minute")
     for _ in range(3):
@@ -188,7 +188,7 @@ def test_it_waits_longer_after_each_run_that_fails(
 
 
 def test_a_success_ends_the_waiting(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "pending", "-1 minute")
     _fail_a_run(instance)
@@ -197,7 +197,7 @@ def test_a_success_ends_the_waiting(
 
 
 def test_it_backs_off_while_the_database_is_away(instance: DagsterInstance) -> None:
-    away = PostgresResource(
+    away = PostgresDatabase(
         Settings.from_environment(
             {"EVERRUNS_POSTGRES_URL": "postgresql://me:secret@127.0.0.1:1/nowhere"}
         )
@@ -213,7 +213,7 @@ def test_it_backs_off_while_the_database_is_away(instance: DagsterInstance) -> N
 
 
 def test_it_goes_on_once_the_database_is_back(
-    instance: DagsterInstance, postgres: PostgresResource, connection: Connection, org: int
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
 ) -> None:
     enqueue(connection, org, "pending", "-1 minute")
     result = tick(instance, postgres, BackOff(5, time.time() - 1).write())
@@ -222,7 +222,7 @@ def test_it_goes_on_once_the_database_is_back(
 
 
 def test_a_cursor_of_another_version_is_forgotten(
-    instance: DagsterInstance, postgres: PostgresResource
+    instance: DagsterInstance, postgres: PostgresDatabase
 ) -> None:
     assert "Nothing is due" in said(tick(instance, postgres, "what is this?"))
     assert "Nothing is due" in said(tick(instance, postgres, '{"another": 1}'))

@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from everruns_pipelines.embedded.sample_data import load_sample_data
-from everruns_pipelines.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import Connection
 from everruns_pipelines.reporting.backfill import GLOBAL_LOCK, BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, Fact, Projection
 from everruns_pipelines.reporting.database import ensure_schema

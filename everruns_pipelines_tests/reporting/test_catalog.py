@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import everruns_pipelines
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines_tests.reporting.world import World, rows
 
 _ENTRIES = """

@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
@@ -264,7 +264,7 @@ def test_our_schema_is_brought_up_to_date_and_keeps_its_rows(ready: Connection) 
 
 
 def test_our_schema_is_made_once_by_many_at_once(
-    connection: Connection, postgres: PostgresResource
+    connection: Connection, postgres: PostgresDatabase
 ) -> None:
     def prepare(_: int) -> None:
         with postgres.connect() as own:

@@ -14,8 +14,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.drain import check, drain_in_parallel
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
@@ -36,7 +36,7 @@ Start = Callable[[str], "subprocess.Popen[str]"]
 
 _PROJECTOR = """
 import signal, sys
-from everruns_pipelines.postgres import PostgresResource
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.reporting.drain import drain, drain_in_parallel
 from everruns_pipelines.settings import Settings
 
@@ -47,7 +47,7 @@ def terminate(*_):
     raise Terminated
 
 signal.signal(signal.SIGTERM, terminate)
-postgres = PostgresResource(Settings.from_environment())
+postgres = PostgresDatabase(Settings.from_environment())
 with postgres.connect() as connection:
     print("ready", flush=True)
     sys.stdin.readline()
@@ -128,7 +128,7 @@ def test_two_processes_at_once_complete_each_row_once_and_the_facts_are_right(
 
 
 def test_projectors_of_one_process_complete_each_row_once_and_the_facts_are_right(
-    connection: Connection, postgres: PostgresResource, sources: int
+    connection: Connection, postgres: PostgresDatabase, sources: int
 ) -> None:
     drained = [batch.completed for batch in drain_in_parallel(postgres, batch_size=100)]
 
@@ -138,7 +138,7 @@ def test_projectors_of_one_process_complete_each_row_once_and_the_facts_are_righ
 
 
 def test_no_more_rows_are_claimed_than_asked_for_however_many_projectors(
-    connection: Connection, postgres: PostgresResource, sources: int
+    connection: Connection, postgres: PostgresDatabase, sources: int
 ) -> None:
     claimed = [b.claimed for b in drain_in_parallel(postgres, batch_size=20, max_rows=130)]
 
@@ -147,7 +147,7 @@ def test_no_more_rows_are_claimed_than_asked_for_however_many_projectors(
 
 
 def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
-    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start
 ) -> None:
     process = start(_ALONE)
     ready(process)
@@ -183,7 +183,7 @@ def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
 
 
 def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
-    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start
 ) -> None:
     process = start(_ALONE)
     ready(process)
@@ -202,7 +202,7 @@ def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
 
 
 def test_a_process_of_several_projectors_finishes_its_batches_when_it_is_terminated(
-    connection: Connection, postgres: PostgresResource, sources: int, start: Start
+    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start
 ) -> None:
     process = start(_IN_PARALLEL)
     ready(process)

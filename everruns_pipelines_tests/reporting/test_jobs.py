@@ -11,9 +11,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.postgres import Connection, PostgresResource
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -384,7 +384,7 @@ def test_a_database_that_cannot_be_reached_is_one_clear_error_without_the_passwo
         {"EVERRUNS_POSTGRES_URL": "postgresql://user:hunter2@127.0.0.1:1/nothing"}
     )
 
-    with pytest.raises(Refusal) as refused, PostgresResource(settings).connect():
+    with pytest.raises(Refusal) as refused, PostgresDatabase(settings).connect():
         pass
 
     assert refused.value.code == "unavailable"

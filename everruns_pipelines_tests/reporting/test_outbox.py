@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT
 from everruns_pipelines.reporting.outbox import Claim, Finished, Outbox, purge
@@ -136,7 +136,7 @@ def test_a_claim_takes_due_rows_makes_them_processing_and_counts_the_attempt(wor
 
 
 def test_what_is_claimed_is_claimed_by_nobody_else(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     world.tool_call(world.org())
     with postgres.connect() as other, ExitStack() as stack:
@@ -145,7 +145,7 @@ def test_what_is_claimed_is_claimed_by_nobody_else(
 
 
 def test_rows_that_somebody_else_is_claiming_are_skipped_not_waited_for(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     org = world.org()
     theirs, ours = world.tool_call(org), world.tool_call(org)
@@ -161,7 +161,7 @@ def test_rows_that_somebody_else_is_claiming_are_skipped_not_waited_for(
 
 
 def test_a_foreign_projector_beside_ours_and_every_row_is_completed_once(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     org = world.org()
     session = world.session(org)
@@ -234,7 +234,7 @@ def test_a_claim_reads_what_it_takes_however_many_rows_another_tenant_has_waitin
 
 
 def test_a_claim_in_the_same_microsecond_as_anothers_is_made_again(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     world.tool_call(world.org())
     claimed_at = "timestamptz '2026-01-01 00:00:00Z'"
@@ -363,7 +363,7 @@ def test_a_row_that_is_processing_since_nobody_knows_when_is_pending_after_its_l
 
 
 def test_the_rows_of_a_projector_that_died_return_at_once(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     id_ = world.tool_call(world.org())
     with postgres.connect() as dying, ExitStack() as stack:
@@ -394,7 +394,7 @@ def test_a_row_whose_projectors_keep_dying_is_parked_and_blames_no_row(world: Wo
 
 
 def test_attempts_that_succeeded_before_a_backfill_do_not_count_towards_parking(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     connection = world.connection
     world.session(world.org())
@@ -552,7 +552,7 @@ def test_unknown_types_vanished_sources_and_another_orgs_sources_complete_as_no_
 
 
 def test_a_worker_that_lost_its_claim_completes_nothing(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     lost, kept = (world.tool_call(world.org()) for _ in range(2))
     with postgres.connect() as other, ExitStack() as stack:
@@ -577,7 +577,7 @@ def test_a_worker_that_lost_its_claim_completes_nothing(
 
 @pytest.mark.parametrize("source", ["good", "bad"])
 def test_a_row_enqueued_again_while_it_is_processing_is_pending_again(
-    world: World, postgres: PostgresResource, source: str
+    world: World, postgres: PostgresDatabase, source: str
 ) -> None:
     id_ = world.tool_call(world.org()) if source == "good" else failing_row(world)
     with postgres.connect() as application, ExitStack() as stack:
@@ -593,7 +593,7 @@ def test_a_row_enqueued_again_while_it_is_processing_is_pending_again(
 
 
 def test_a_change_during_a_batch_is_projected_afterwards(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     """The source changes and is enqueued again after the batch has read it."""
     org = world.org()

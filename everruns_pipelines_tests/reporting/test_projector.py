@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, PostgresResource, transaction
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, SOURCES, Source
 from everruns_pipelines.reporting.projector import (
     Outcome,
@@ -336,7 +336,7 @@ def _session_with_facts(world: World, **columns: Any) -> UUID:
 
 
 def test_an_older_snapshot_of_a_session_never_overwrites_one_that_was_written_meanwhile(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     """A foreign projector, which holds none of our locks, writes the newer state under our eyes."""
     session = _session_with_facts(world, total_input_tokens=1)
@@ -368,7 +368,7 @@ def test_an_older_snapshot_of_a_session_never_overwrites_one_that_was_written_me
 
 
 def test_an_older_snapshot_of_a_session_brings_back_no_capability_that_a_newer_one_removed(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     session = world.session(world.org(), capabilities='["kept", "removed"]')
     with (
@@ -390,7 +390,7 @@ def test_an_older_snapshot_of_a_session_brings_back_no_capability_that_a_newer_o
 
 
 def test_projectors_of_the_same_rows_at_once_write_each_row_once(
-    ready: Connection, postgres: PostgresResource
+    ready: Connection, postgres: PostgresDatabase
 ) -> None:
     load_adversarial_sources(ready, seed=4, sessions=15)
 

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from everruns_pipelines.embedded.servers import embedded_postgres_url
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines_tests.reporting.adversarial import (
     load_adversarial_sources,
     load_unstorable_sources,

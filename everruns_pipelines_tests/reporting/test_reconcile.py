@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection, PostgresResource
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting import reconcile
 from everruns_pipelines.reporting.catalog import FACTS, Fact
 from everruns_pipelines.reporting.projector import lock_sessions
@@ -372,7 +372,7 @@ def test_facts_of_sources_that_arrive_while_a_day_is_materialized_stay(world: Wo
 
 
 def test_a_capability_that_is_configured_again_while_its_day_is_materialized_stays(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     connection = world.connection
     session = world.session(world.org(), capabilities='["back"]')
@@ -401,7 +401,7 @@ def test_a_capability_that_is_configured_again_while_its_day_is_materialized_sta
 
 
 def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     """It was lost after the day's last step, so that only the removal of leftovers sees it gone."""
     connection = world.connection
@@ -429,7 +429,7 @@ def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays
 
 
 def test_removing_leftovers_is_tried_again_when_it_deadlocks(
-    world: World, postgres: PostgresResource
+    world: World, postgres: PostgresDatabase
 ) -> None:
     """A projector holds the row that is left over, and waits for its turn at the sessions."""
     connection = world.connection
@@ -453,7 +453,7 @@ def test_removing_leftovers_is_tried_again_when_it_deadlocks(
     assert differences(connection) == []
 
 
-def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresResource) -> None:
+def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresDatabase) -> None:
     """A foreign transaction holds what the day wants, and wants what the day holds."""
     connection = world.connection
     session = world.session(world.org())
@@ -474,13 +474,13 @@ def test_a_day_that_deadlocks_is_tried_again(world: World, postgres: PostgresRes
     assert differences(connection) == []
 
 
-def materialized_apart(postgres: PostgresResource, fact: Fact, **options: Any) -> dict[str, int]:
+def materialized_apart(postgres: PostgresDatabase, fact: Fact, **options: Any) -> dict[str, int]:
     """What `materialized` tells, on a connection of its own."""
     with postgres.connect() as own:
         return materialized(own, fact, **options)
 
 
-def drained_apart(postgres: PostgresResource) -> int:
+def drained_apart(postgres: PostgresDatabase) -> int:
     """How many rows were completed, on a connection of its own."""
     with postgres.connect() as own:
         return drain_all(own).completed

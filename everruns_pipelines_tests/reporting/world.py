@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import dagster as dg
 from psycopg import sql
 
-from everruns_pipelines.postgres import Connection
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES
 from everruns_pipelines.reporting.drain import Drained, drain
 from everruns_pipelines.reporting.reconcile import materialize_day, stage_days

@@ -1,0 +1,168 @@
+"""The main job before the reader's eyes: facts are lost, found missing, and repaired."""
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import date, timedelta
+
+from rich.console import Console
+from rich.table import Table
+
+from everruns_pipelines.commands.local_runs import run_job
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.sample_items import (
+    LOST_SESSION,
+    ORGANIZATION,
+    PROJECT,
+    TRIAGED_SESSION,
+    WORKSPACE,
+    load_sample_items,
+)
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.settings import Settings
+
+_EVENTS = 20_000
+_LIMIT = 10_000
+
+
+def demonstrate(settings: Settings) -> None:
+    """Run the main job end to end on the embedded databases.
+
+    Raises:
+        Refusal: a database is configured; the demo writes made-up data and has no place there.
+    """
+    if settings.postgres_url is not None or settings.clickhouse_dsn is not None:
+        raise Refusal(
+            "the demo writes made-up data into the embedded databases only: "
+            "unset EVERRUNS_POSTGRES_URL and EVERRUNS_CLICKHOUSE_DSN"
+        )
+    console = Console(stderr=True)
+    with PostgresDatabase(settings).connect() as connection:
+        _reporting(settings, connection, console)
+        _items(settings, connection, console)
+
+
+def _reporting(settings: Settings, connection: Connection, console: Console) -> None:
+    with _step(console, f"PostgreSQL 18 under {settings.home}, with the platform's tables"):
+        prepare(connection)
+        first, last = _sample_data(connection)
+    with _step(console, "The job project_reporting: projecting what the application enqueued"):
+        run_job(settings, "project_reporting", {"project": {}}, log_level="WARNING")
+    with _step(console, "Losing facts by hand: all of yesterday's turns, a third of tool calls"):
+        _lose_facts(connection, last - timedelta(days=1))
+    _show(console, connection, first, last, "After the loss")
+    with _step(console, f"The job backfill_reporting: finding and projecting up to {_LIMIT}"):
+        outputs = run_job(
+            settings,
+            "backfill_reporting",
+            {"enqueue": {"limit": _LIMIT}, "project": {}},
+            log_level="WARNING",
+        )
+    _show(console, connection, first, last, "After the backfill")
+    with _step(console, "The same job again: 0 enqueued is a promise"):
+        again = run_job(
+            settings,
+            "backfill_reporting",
+            {"enqueue": {"limit": _LIMIT}, "project": {}},
+            log_level="WARNING",
+        )
+    console.print(f"  {json.dumps(again['enqueue'])}", soft_wrap=True)
+    console.print("\nThe result of the backfill, as the API answers it:")
+    _answer(console, outputs["enqueue"])
+
+
+def _items(settings: Settings, connection: Connection, console: Console) -> None:
+    console.print()
+    with (
+        _step(console, "chDB with two agent sessions; the POSTs of most of their items failed"),
+        ClickHouseDatabase(settings).connect() as clickhouse,
+    ):
+        load_sample_items(connection, clickhouse)
+    _show_items(console, connection, "Items before")
+    for session in (LOST_SESSION, TRIAGED_SESSION):
+        with _step(console, f"The job rebuild_items: session {session}"):
+            counts = _rebuild(settings, session)
+        console.print(f"  {json.dumps(counts)}")
+    _show_items(console, connection, "Items after: triage untouched, titles as reported")
+    with _step(console, "The same job again: everything unchanged is a promise"):
+        again = _rebuild(settings, TRIAGED_SESSION)
+    console.print(f"  {json.dumps(again)}", soft_wrap=True)
+    console.print("\nThe result of that rebuild, as the API answers it:")
+    _answer(console, {"processed": again["processed"]})
+
+
+def _answer(console: Console, counts: dict[str, int]) -> None:
+    """To standard output, in its place among what standard error says."""
+    console.file.flush()
+    sys.stdout.write(json.dumps(counts) + "\n")
+    sys.stdout.flush()
+
+
+def _rebuild(settings: Settings, session: str) -> dict[str, int]:
+    config = {
+        "organization": ORGANIZATION,
+        "workspace": WORKSPACE,
+        "project": PROJECT,
+        "session_id": session,
+    }
+    return run_job(settings, "rebuild_items", {"rebuild": config}, log_level="WARNING")["rebuild"]
+
+
+def _show_items(console: Console, connection: Connection, title: str) -> None:
+    table = Table("session", "source", "items", "triaged", "untitled", title=title)
+    rows = connection.execute(
+        "SELECT left(session_id::text, 8), source, count(*), count(disposition),"
+        " count(*) FILTER (WHERE title = 'untitled') FROM items"
+        " WHERE session_id = ANY (%s::uuid[]) GROUP BY 1, 2 ORDER BY 1, 2",
+        [[LOST_SESSION, TRIAGED_SESSION]],
+    )
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+@contextmanager
+def _step(console: Console, text: str) -> Generator[None]:
+    with console.status(text):
+        yield
+    console.print(f"[green]✓[/green] {text}")
+
+
+def _sample_data(connection: Connection) -> tuple[date, date]:
+    """Load the sample data into an empty database; the first and last day of its events."""
+    if connection.execute("SELECT FROM events LIMIT 1").fetchone() is None:
+        load_sample_data(connection, events=_EVENTS)
+    row = connection.execute("SELECT min(ts)::date, max(ts)::date FROM events").fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def _lose_facts(connection: Connection, day: date) -> None:
+    connection.execute("DELETE FROM fact_turn WHERE time_bucket_day = %s", [day])
+    connection.execute("DELETE FROM fact_tool_call WHERE hashtext(source_key) % 3 = 0")
+
+
+def _show(console: Console, connection: Connection, first: date, last: date, title: str) -> None:
+    days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
+    table = Table("fact", "expected rows", "missing", "stale", "orphaned", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    with console.status("Comparing every fact with its source, day by day"):
+        for fact in FACTS:
+            stage_days(connection, fact, first, last)
+            states = [compare_day(connection, fact, day) for day in days]
+            missing = sum(state.missing for state in states)
+            table.add_row(
+                fact.table,
+                str(sum(state.expected for state in states)),
+                f"[red]{missing}[/red]" if missing else "0",
+                str(sum(state.stale + state.superseded for state in states)),
+                str(sum(state.orphaned for state in states)),
+            )
+    console.print(table)

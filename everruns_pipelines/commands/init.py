@@ -1,0 +1,29 @@
+"""`init`: makes what is ours in the user's PostgreSQL."""
+
+import argparse
+from typing import Any
+
+from everruns_pipelines.settings import Settings
+
+HELP = "make our schema in your PostgreSQL; may be repeated"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `init` takes."""
+    parser.add_argument(
+        "--indexes", action="store_true", help="also the recommended indexes on platform tables"
+    )
+
+
+def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """Make the schema, and the indexes if asked to."""
+    from everruns_pipelines.databases.postgres import PostgresDatabase
+    from everruns_pipelines.items.rebuild import ensure_schema
+    from everruns_pipelines.reporting import database
+
+    with PostgresDatabase(settings).connect() as connection:
+        database.prepare(connection)
+        ensure_schema(connection)
+        if options.indexes:
+            database.create_indexes(connection)
+    return {"schema": "everruns_pipelines", "indexes": options.indexes}

@@ -1,0 +1,113 @@
+"""Connections to the PostgreSQL that holds the platform's tables."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.rows import TupleRow
+
+_T = TypeVar("_T")
+
+# A name, not the type: loading the definitions loads no driver.
+Connection: TypeAlias = "psycopg.Connection[TupleRow]"
+
+# What our statements and psycopg rely on, whatever the server's, the database's or the role's
+# defaults. JIT compiles for a second what runs in a tenth.
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c datestyle=ISO -c default_transaction_isolation=read\\ committed -c jit=off"
+)
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class PostgresDatabase:
+    """The configured PostgreSQL, else the embedded one, which is started on first use."""
+
+    settings: Settings
+
+    @contextmanager
+    def connect(self) -> Generator[Connection]:
+        """A connection in autocommit mode, closed at the end: group statements with `transaction`.
+
+        Raises:
+            Refusal: the server cannot be reached or does not let us in.
+        """
+        with _connected(self.url) as connection:
+            yield connection
+
+    @property
+    def url(self) -> str:
+        """The connection URL. Holds a password: never to be printed."""
+        if self.settings.postgres_url is not None:
+            return self.settings.postgres_url.get_secret_value()
+        from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
+
+        return embedded_postgres_url(self.settings.home)
+
+
+@contextmanager
+def _connected(url: str) -> Generator[Connection]:
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+
+    given = conninfo_to_dict(url)
+    try:
+        connection = psycopg.connect(
+            url,
+            autocommit=True,
+            prepare_threshold=None,  # a plan kept for all values suits none of our selections
+            connect_timeout=given.get("connect_timeout", 10),
+            application_name="everruns_pipelines",
+            client_encoding="utf8",
+            options=f"{given.get('options', '')} {_SESSION_OPTIONS}",  # of two, the last one holds
+        )
+    except psycopg.OperationalError as error:
+        # libpq names host and user, never the password. Its hints, in lines of their own, are left
+        # out.
+        told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
+        raise Refusal(
+            f"PostgreSQL cannot be used: {told}. "
+            "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
+            code="unavailable",
+            status=503,
+        ) from None
+    with connection:
+        yield connection
+
+
+@contextmanager
+def transaction(connection: Connection, *, work_mem: str | None = None) -> Generator[None]:
+    """One transaction: all of it or nothing.
+
+    Args:
+        work_mem: memory for each sort or hash of this transaction, in PostgreSQL's units ("64MB").
+    """
+    with connection.transaction():
+        if work_mem is not None:
+            from psycopg import sql
+
+            setting: Any = sql.SQL("SET LOCAL work_mem = {}").format(sql.Literal(work_mem))
+            connection.execute(setting)
+        yield
+
+
+def tried_again(work: Callable[[], _T]) -> _T:
+    """Do `work`, one transaction, and again if it loses a race against another transaction.
+
+    Raises:
+        psycopg.Error: it lost every time, or failed otherwise.
+    """
+    from psycopg import errors
+
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except (errors.DeadlockDetected, errors.SerializationFailure):
+            continue
+    return work()

@@ -1,0 +1,185 @@
+"""Whether everything is in place: each question answered by ok, or by what to do. Reads only."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psycopg
+
+from everruns_pipelines import dagster_storage
+from everruns_pipelines.databases.clickhouse import (
+    ClickHouse,
+    ClickHouseDatabase,
+    ClickHouseFailure,
+)
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items import rebuild
+from everruns_pipelines.items.objects import ObjectStore
+from everruns_pipelines.items.reading import SpanTable
+from everruns_pipelines.reporting import database
+from everruns_pipelines.settings import Settings
+
+_SPAN_INDEXES = {
+    "TraceId": "finds the spans of a trace",
+    "mapValues(SpanAttributes)": "finds the spans of a session or a run",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer. `text` says what is there, or what is wrong and what to do."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+class _Todo(Exception):
+    """What is wrong and what to do, in its message."""
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Ask every question, in the order in which one leads to the next.
+
+    Yields:
+        The answers, each as soon as it is known.
+    """
+    yield Finding("settings", True, "every variable that is set is right")
+    postgres = _answer("PostgreSQL", _postgres, settings)
+    yield postgres
+    for name, question in (_OF_POSTGRES if postgres.ok else {}).items():
+        yield _answer(name, question, settings)
+    for name, question in _OF_THE_REST.items():
+        yield _answer(name, question, settings)
+
+
+def _answer(name: str, question: Callable[[Settings], str], settings: Settings) -> Finding:
+    try:
+        return Finding(name, True, question(settings))
+    except _Todo as todo:
+        return Finding(name, False, str(todo))
+    except Refusal as refusal:
+        return Finding(name, False, refusal.detail)
+    except (ClickHouseFailure, RuntimeError) as failure:
+        return Finding(name, False, str(failure))
+    except psycopg.Error as error:
+        return Finding(name, False, error.diag.message_primary or type(error).__name__)
+
+
+def _postgres(settings: Settings) -> str:
+    kind = "embedded" if settings.postgres_url is None else "configured"
+    with PostgresDatabase(settings).connect() as connection:
+        version = connection.info.server_version
+        user, database_name = connection.info.user, connection.info.dbname
+    return f"{kind}, version {version // 10_000}.{version % 10_000}, {user} in {database_name}"
+
+
+def _reporting_tables(settings: Settings) -> str:
+    with PostgresDatabase(settings).connect() as connection:
+        database.check_platform(connection)
+    return "every table, column and privilege that reporting needs"
+
+
+def _item_tables(settings: Settings) -> str:
+    with PostgresDatabase(settings).connect() as connection:
+        rebuild.check_platform(connection)
+    return "every table that items need"
+
+
+def _own_schema(settings: Settings) -> str:
+    with PostgresDatabase(settings).connect() as connection:
+        if not _exists(connection, "everruns_pipelines.fact_rejections"):
+            raise _Todo("the schema everruns_pipelines is missing: run `everruns-pipelines init`")
+    return "the schema everruns_pipelines is there"
+
+
+def _event_index(settings: Settings) -> str:
+    with PostgresDatabase(settings).connect() as connection:
+        if not database.has_event_index(connection):
+            raise _Todo(
+                "without an index on events.ts each day reads all events: "
+                "run `everruns-pipelines init --indexes`"
+            )
+    return "the days of events are found by index"
+
+
+def _dagster_storage(settings: Settings) -> str:
+    url = dagster_storage.storage_url(settings)
+    try:
+        with psycopg.connect(url, connect_timeout=10) as connection:
+            if not _exists(connection, "public.runs"):
+                return "reachable; Dagster makes its tables when it starts"
+            row = connection.execute("SELECT count(*) FROM runs").fetchone()
+    except psycopg.OperationalError as error:
+        raise _Todo(
+            f"{str(error).strip()}: EVERRUNS_DAGSTER_POSTGRES_URL must name a running server"
+        ) from None
+    return f"reachable, {0 if row is None else row[0]} runs"
+
+
+def _spans(settings: Settings) -> str:
+    clickhouse = ClickHouseDatabase(settings)
+    if not clickhouse.is_there():
+        return "embedded, not used yet: set EVERRUNS_CLICKHOUSE_DSN to rebuild items from spans"
+    with clickhouse.connect(patience=10.0) as opened:
+        table = SpanTable(opened, settings.spans_table)
+        table.check()
+        return _generation(opened, settings.spans_table)
+
+
+def _generation(clickhouse: ClickHouse, table: str) -> str:
+    """Which of the exporter's two generations the span table is, once its indexes are there."""
+    database_name, _, name = table.rpartition(".")
+    names = {"database": database_name or clickhouse.database, "spans": name}
+    indexes = clickhouse.rows(
+        "SELECT expr FROM system.data_skipping_indices"
+        " WHERE database = {database:String} AND table = {spans:String}",
+        names,
+    )
+    present = {expression.replace(" ", "") for (expression,) in indexes}
+    lacking = [
+        f"{column}, which {why}" for column, why in _SPAN_INDEXES.items() if column not in present
+    ]
+    if lacking:
+        raise _Todo(f"{table} has no index on {'; nor on '.join(lacking)}: add a bloom_filter")
+    companion = clickhouse.rows(
+        "SELECT count() FROM system.tables"
+        " WHERE database = {database:String} AND name = {times:String}",
+        {**names, "times": f"{name}_trace_id_ts"},
+    )
+    if companion != [["1"]]:
+        raise _Todo(
+            f"{name}_trace_id_ts is missing: the exporter makes it; traces are found slower"
+        )
+    [[keys]] = clickhouse.rows(
+        "SELECT sorting_key FROM system.tables"
+        " WHERE database = {database:String} AND name = {spans:String}",
+        names,
+    )
+    generation = "older" if "toDateTime(Timestamp)" in keys else "newer"
+    return f"{table} of the exporter's {generation} generation, with its indexes"
+
+
+def _object_store(settings: Settings) -> str:
+    if ObjectStore.at(settings.object_store_url) is None:
+        return "not configured: offloaded items are counted, not recovered"
+    return "configured, and a library for it is installed"
+
+
+def _exists(connection: psycopg.Connection, relation: str) -> bool:
+    return connection.execute("SELECT to_regclass(%s) IS NOT NULL", [relation]).fetchone() == (
+        True,
+    )
+
+
+_OF_POSTGRES = {
+    "reporting's tables": _reporting_tables,
+    "items' tables": _item_tables,
+    "our own schema": _own_schema,
+    "index on events": _event_index,
+}
+_OF_THE_REST = {
+    "Dagster's storage": _dagster_storage,
+    "spans": _spans,
+    "object store": _object_store,
+}

@@ -1,0 +1,147 @@
+"""The asset `pipeline_health`: how the derived data fares, as numbers that Dagster plots, a table,
+and a chart over time. Its schedule measures every hour.
+
+See https://docs.dagster.io/guides/build/assets/metadata-and-tags.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.operations.chart import Line, as_markdown
+from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.reporting.catalog import FACTS
+
+if TYPE_CHECKING:
+    from everruns_pipelines.operations.diagnosis import Diagnosis
+
+_DAYS = 7
+_HISTORY = 200
+_ITEMS = "items"
+_FACTS = tuple(fact.table for fact in FACTS)
+_WRONG = ("missing", "stale", "orphaned")
+_LINES = (
+    ("lag_seconds", "Lag in seconds", "#3455db"),
+    ("backlog", "Backlog in rows", "#b25d12"),
+    ("facts_missing", "Missing facts", "#ad1f1f"),
+)
+_DAYS_SCHEMA = dg.TableSchema(
+    [
+        dg.TableColumn("table", "string", "Derived table."),
+        dg.TableColumn("day", "date", "UTC day."),
+        dg.TableColumn("expected", "integer", "Rows that the sources make."),
+        dg.TableColumn("missing", "integer", "Of those, rows that are not there."),
+        dg.TableColumn("stale", "integer", "Rows with other values than their source makes."),
+        dg.TableColumn("orphaned", "integer", "Rows whose source is gone."),
+        dg.TableColumn("rejected", "integer", "Envelopes that cannot be stored; items only."),
+    ]
+)
+
+
+@dg.asset(
+    group_name="operations",
+    description="How the derived data fares: the backlog and lag of the outbox, and what is "
+    f"missing, stale or orphaned in the last {_DAYS} days of every table. "
+    "`everruns-pipelines diagnose` tells the same in a terminal.",
+    kinds={"postgres"},
+    owners=["team:everruns"],
+    deps=[*_FACTS, _ITEMS],
+    pool="postgres",
+    retry_policy=RETRIES,
+    freshness_policy=dg.FreshnessPolicy.time_window(
+        fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
+    ),
+    code_version="1",
+)
+def pipeline_health(
+    context: dg.AssetExecutionContext,
+    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
+) -> None:
+    """Measure, and draw the measurements made so far."""
+    from everruns_pipelines.operations.diagnosis import diagnose
+
+    with told_plainly(Refusal.as_problem_details):
+        diagnosis = diagnose(everruns_postgres, everruns_clickhouse, _DAYS, context.log.info)
+    numbers = _numbers(diagnosis)
+    times, lines = _history(context, diagnosis, numbers)
+    context.add_asset_metadata(
+        {
+            "over time": dg.MetadataValue.md(as_markdown(times, lines)),
+            **numbers,
+            "days": _days_table(diagnosis),
+            "failures": dg.MetadataValue.json(diagnosis.as_json()["failures"]),
+            "unknown": dg.MetadataValue.json(list(diagnosis.unknown)),
+        }
+    )
+
+
+measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
+    "measure_health",
+    selection=[pipeline_health],
+    description="Materialize pipeline_health.",
+    executor_def=dg.in_process_executor,
+)
+
+health_schedule = dg.ScheduleDefinition(
+    name="hourly_health",
+    job=measure_health,
+    cron_schedule="15 * * * *",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Measures pipeline_health every hour.",
+)
+
+
+def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:
+    return {
+        "backlog": diagnosis.rows("pending") + diagnosis.rows("processing"),
+        "failed": diagnosis.rows("failed"),
+        "parked": diagnosis.rows("parked"),
+        "lag_seconds": max(diagnosis.lag_seconds.values()),
+        **{f"lag_seconds/{fact}": lag for fact, lag in diagnosis.lag_seconds.items()},
+        **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
+        **{f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")},
+    }
+
+
+def _history(
+    context: dg.AssetExecutionContext, diagnosis: "Diagnosis", numbers: Mapping[str, float]
+) -> tuple[list[datetime], list[Line]]:
+    """What was measured before, the oldest first, and now."""
+    records = context.instance.fetch_materializations(context.asset_key, limit=_HISTORY).records
+    times = [datetime.fromtimestamp(record.timestamp, UTC) for record in reversed(records)]
+    measured = [
+        record.asset_materialization.metadata
+        for record in reversed(records)
+        if record.asset_materialization is not None
+    ]
+    return [*times, diagnosis.at], [
+        Line(title, color, [*(_number(one, name) for one in measured), numbers[name]])
+        for name, title, color in _LINES
+    ]
+
+
+def _number(metadata: Mapping[str, dg.MetadataValue], name: str) -> float:
+    value = metadata[name].value if name in metadata else None
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _days_table(diagnosis: "Diagnosis") -> dg.TableMetadataValue:
+    days: Sequence[dict[str, str | int]] = [
+        {
+            "table": day.table,
+            "day": day.day.isoformat(),
+            "expected": day.expected,
+            "missing": day.missing,
+            "stale": day.stale,
+            "orphaned": day.orphaned,
+            "rejected": day.rejected or 0,
+        }
+        for day in diagnosis.days
+    ]
+    return dg.MetadataValue.table([dg.TableRecord(day) for day in days], schema=_DAYS_SCHEMA)

@@ -1,0 +1,91 @@
+"""The job `housekeeping`: removes what nobody needs any more, and its daily schedule.
+
+See https://docs.dagster.io/guides/build/jobs.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.timetable import cron
+from everruns_pipelines.settings import Settings
+
+_FINISHED = [
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+]
+# What the UI would forget with the run.
+_KEPT_EVENTS = {
+    dg.DagsterEventType.ASSET_MATERIALIZATION,
+    dg.DagsterEventType.ASSET_CHECK_EVALUATION,
+}
+_PAGE = 200
+
+
+@dg.op(pool="postgres", retry_policy=RETRIES)
+def purge_outbox(
+    context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
+) -> None:
+    """Remove outbox rows that were completed long ago."""
+    from everruns_pipelines.reporting.database import prepare
+    from everruns_pipelines.reporting.outbox import purge
+
+    days = everruns_postgres.settings.outbox_keep_days
+    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
+        prepare(connection)
+        removed = purge(connection, timedelta(days=days))
+    context.log.info(f"{removed} outbox rows removed that were completed over {days} days ago")
+    context.add_output_metadata({"removed": removed, "keep_days": days})
+
+
+@dg.op(retry_policy=RETRIES)
+def purge_runs(
+    context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
+) -> None:
+    """Remove records of runs that ended long ago, but for those that hold a materialization or a
+    check of an asset: Dagster would forget it.
+    """
+    days = everruns_postgres.settings.runs_keep_days
+    before = datetime.now(UTC) - timedelta(days=days)
+    removed = _purge_runs(context.instance, before)
+    context.log.info(f"{removed} run records removed that are over {days} days old")
+    context.add_output_metadata({"removed": removed, "keep_days": days})
+
+
+def _purge_runs(instance: dg.DagsterInstance, before: datetime) -> int:
+    filters = dg.RunsFilter(statuses=_FINISHED, created_before=before)
+    removed = 0
+    # The last run that stays: what comes after it has not been looked at.
+    cursor: str | None = None
+    while runs := instance.get_runs(filters, cursor=cursor, limit=_PAGE):
+        for run in runs:
+            if instance.get_records_for_run(run.run_id, of_type=_KEPT_EVENTS, limit=1).records:
+                cursor = run.run_id
+            else:
+                instance.delete_run(run.run_id)
+                removed += 1
+    return removed
+
+
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+def housekeeping() -> None:
+    """Remove old completed outbox rows, and old run records that hold no materialization."""
+    purge_outbox()
+    purge_runs()
+
+
+def housekeeping_schedule(settings: Settings) -> dg.ScheduleDefinition:
+    """Daily, when there is little else to do."""
+    return dg.ScheduleDefinition(
+        name="daily_housekeeping",
+        job=housekeeping,
+        cron_schedule=cron(settings.purge_at),
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Removes completed outbox rows after {settings.outbox_keep_days} days and "
+        f"run records without materialization after {settings.runs_keep_days}: "
+        f"{settings.purge_at} UTC.",
+    )

@@ -1,0 +1,1 @@
+"""What both domains share of Dagster. Knows no fact and no item."""

@@ -1,0 +1,106 @@
+"""Dagster's resources: what the UI shows of our databases, and what hands them out to ops.
+
+An op is given the plain object, which knows nothing of Dagster. The keys begin with `everruns_`, so
+that they collide with none of a project that takes our definitions in.
+See https://docs.dagster.io/guides/build/external-resources/configuring-resources.
+"""
+
+from typing import Any, Self
+
+import dagster as dg
+from pydantic import Field, SecretStr
+
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.settings import Settings
+
+# The UI shows asterisks.
+_SECRET: Any = {"dagster__is_secret": True}
+
+
+class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
+    """PostgreSQL with the platform's tables, the outbox, the facts and the items."""
+
+    postgres_url: str | None = Field(
+        None,
+        description="EVERRUNS_POSTGRES_URL; null for the embedded server.",
+        json_schema_extra=_SECRET,
+    )
+    home: str = Field(description="EVERRUNS_HOME: where the embedded server lives.")
+    reporting_start: str = Field(description="EVERRUNS_REPORTING_START: the first day partition.")
+    reporting_max_attempts: int = Field(
+        description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many an outbox row is parked."
+    )
+    outbox_keep_days: int = Field(
+        description="EVERRUNS_OUTBOX_KEEP_DAYS: how long completed outbox rows are kept."
+    )
+    runs_keep_days: int = Field(
+        description="EVERRUNS_RUNS_KEEP_DAYS: how long run records are kept."
+    )
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The resource that the settings describe."""
+        return cls(**_shown(settings, cls.model_fields))
+
+    def create_resource(self, context: dg.InitResourceContext) -> PostgresDatabase:  # noqa: ARG002
+        """What an op works with."""
+        return PostgresDatabase(_settings(self))
+
+
+class ClickHouseResource(dg.ConfigurableResource[ClickHouseDatabase]):
+    """ClickHouse with the spans, and the store of what was offloaded from them."""
+
+    clickhouse_dsn: str | None = Field(
+        None,
+        description="EVERRUNS_CLICKHOUSE_DSN; null for the embedded chDB.",
+        json_schema_extra=_SECRET,
+    )
+    home: str = Field(description="EVERRUNS_HOME: where the embedded chDB lives.")
+    spans_table: str = Field(description="EVERRUNS_SPANS_TABLE: the span table.")
+    object_store_url: str | None = Field(
+        None, description="EVERRUNS_OBJECT_STORE_URL: where offloaded items may be read."
+    )
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The resource that the settings describe."""
+        return cls(**_shown(settings, cls.model_fields))
+
+    def create_resource(self, context: dg.InitResourceContext) -> ClickHouseDatabase:  # noqa: ARG002
+        """What an op works with."""
+        return ClickHouseDatabase(_settings(self))
+
+
+def resources(settings: Settings) -> dict[str, Any]:
+    """Every resource of ours, by its key."""
+    return {
+        "everruns_postgres": PostgresResource.of(settings),
+        "everruns_clickhouse": ClickHouseResource.of(settings),
+        # Between the ops of a run nothing needs to be kept on disk.
+        "everruns_io_manager": dg.mem_io_manager,
+    }
+
+
+def _shown(settings: Settings, fields: Any) -> dict[str, Any]:
+    """The settings of these names, as a resource's config holds them."""
+    given = {name: getattr(settings, name) for name in fields if name in Settings.model_fields}
+    return {
+        name: value.get_secret_value()
+        if isinstance(value, SecretStr)
+        else value
+        if value is None or isinstance(value, int)
+        else str(value)
+        for name, value in given.items()
+    }
+
+
+def _settings(resource: Any) -> Settings:
+    """The settings that a resource's config spells."""
+    return Settings.model_validate(
+        {
+            str(field.alias): getattr(resource, name)
+            for name, field in Settings.model_fields.items()
+            if getattr(resource, name, None) is not None
+        }
+    )

@@ -1,0 +1,140 @@
+"""The chDB engine behind a loopback socket, with as much of ClickHouse's protocol as is needed.
+
+Faults are injected into the answers to queries that hold a certain text, one per answer, in order.
+"""
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+
+Fault = Literal["hang up", "stall", "cut", "error", "error in the middle", "no length"]
+
+READS_SPANS = "dreadnode.outputs"
+
+
+class HttpEngine(ThreadingHTTPServer):
+    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked.
+
+    Faults hit the queries that hold the text `faulty`.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, clickhouse: ClickHouseDatabase) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.clickhouse = clickhouse
+        self.faults: list[Fault] = []
+        self.faulty = READS_SPANS
+        self.queries: list[str] = []
+        self.done = threading.Event()
+
+    @property
+    def dsn(self) -> str:
+        return f"clickhouse://user:secret@127.0.0.1:{self.server_port}/default"
+
+    def answer(self, query: str, bound: dict[str, str]) -> bytes:
+        with self.clickhouse.connect() as opened:
+            # The parameters come formatted already: below the client, straight to the engine.
+            client: Any = opened.client
+            final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
+            return client._backend.execute_raw_query(final, bound, None, runtime, None)
+
+
+@contextmanager
+def serving(clickhouse: ClickHouseDatabase) -> Generator[HttpEngine]:
+    with HttpEngine(clickhouse) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.done.set()
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def engine(self) -> HttpEngine:
+        assert isinstance(self.server, HttpEngine)
+        return self.server
+
+    def do_POST(self) -> None:
+        sent = dict(parse_qsl(urlsplit(self.path).query))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        sent |= _form(self.headers["Content-Type"], body)
+        query = sent.get("query") or body.decode()
+        self.engine.queries.append(query)
+        fault = None
+        if self.engine.faulty in query and self.engine.faults:
+            fault = self.engine.faults.pop(0)
+        if fault == "hang up":
+            self.close_connection = True
+            return
+        bound = {name: value for name, value in sent.items() if name.startswith("param_")}
+        waits = sent.get("wait_end_of_query") == "1"
+        if fault == "error" or (fault == "error in the middle" and waits):
+            self._refuse(b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)")
+            return
+        try:
+            answer = self.engine.answer(query, bound)
+        except Exception as error:
+            self._refuse(str(error).encode())
+            return
+        self._send(answer, fault)
+
+    def _refuse(self, message: bytes) -> None:
+        code = message.split(b"Code: ", 1)[-1].split(b".")[0]
+        self.send_response(500)
+        self.send_header("X-ClickHouse-Exception-Code", code.decode() if code.isdigit() else "1")
+        self.send_header("Content-Length", str(len(message)))
+        self.end_headers()
+        self.wfile.write(message)
+
+    def _send(self, answer: bytes, fault: Fault | None) -> None:
+        half = answer[: len(answer) // 2]
+        self.send_response(200)
+        if fault == "no length":
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(half)
+            self.close_connection = True
+            return
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if fault == "error in the middle":
+            half += b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)\n"
+        self._chunk(half if fault else answer)
+        if fault == "stall":
+            self.engine.done.wait()
+        if fault in ("stall", "cut"):
+            self.close_connection = True
+            return
+        self._chunk(b"")
+
+    def _chunk(self, piece: bytes) -> None:
+        self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        pass
+
+
+def _form(content_type: str | None, body: bytes) -> dict[str, str]:
+    if content_type is None or "multipart/form-data" not in content_type:
+        return {}
+    message = BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode() + body)
+    fields: dict[str, str] = {}
+    for part in message.get_payload():
+        one: Any = part
+        name = one.get_param("name", header="content-disposition")
+        fields[name] = one.get_payload(decode=True).decode()
+    return fields

@@ -1,0 +1,250 @@
+"""The diagnosis, its tables, the asset that holds it, and the doctor."""
+
+import base64
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import dagster as dg
+import pytest
+from dagster import DagsterInstance
+
+from everruns_pipelines.commands import main
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.embedded.clickhouse import span_tables
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.operations.chart import Line, as_markdown
+from everruns_pipelines.operations.diagnosis import Diagnosis, diagnose
+from everruns_pipelines.operations.doctor import Finding, examine
+from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting.drain import drain
+from everruns_pipelines.settings import Settings
+
+
+@pytest.fixture
+def sample(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Connection:
+    """A day of sample data, all of it projected but for what was not enqueued."""
+    load_sample_data(connection, events=300, days=1, enqueued_share=0.9)
+    database.prepare(connection)
+    for _ in drain(connection, max_attempts=3):
+        pass
+    return connection
+
+
+def look(settings: Settings) -> Diagnosis:
+    return diagnose(PostgresDatabase(settings), ClickHouseDatabase(settings), 2, lambda _: None)
+
+
+def findings(settings: Settings) -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine(settings)}
+
+
+def test_what_the_outbox_lacks_is_missing(settings: Settings, sample: Connection) -> None:
+    diagnosis = look(settings)
+    assert diagnosis.total("missing", "fact_tool_call", "fact_turn", "fact_session") > 0
+    assert diagnosis.total("stale", "fact_session") == 0
+    assert diagnosis.rows("completed") > 0
+    assert diagnosis.oldest_due is None
+    assert not diagnosis.failures
+    assert diagnosis.unknown == ["items: no spans are stored yet"]
+
+
+def test_lost_changed_and_orphaned_rows_are_told_apart(
+    settings: Settings, sample: Connection
+) -> None:
+    before = look(settings)
+    sample.execute("DELETE FROM fact_turn WHERE ctid IN (SELECT ctid FROM fact_turn LIMIT 3)")
+    sample.execute(
+        "UPDATE fact_tool_call SET tool_name = 'another' WHERE ctid = "
+        "(SELECT min(ctid) FROM fact_tool_call)"
+    )
+    sample.execute(
+        "UPDATE fact_session SET source_key = 'session:' || gen_random_uuid()"
+        " WHERE ctid = (SELECT min(ctid) FROM fact_session)"
+    )
+    after = look(settings)
+    assert after.total("missing", "fact_turn") == before.total("missing", "fact_turn") + 3
+    assert after.total("stale", "fact_tool_call") == 1
+    assert after.total("orphaned", "fact_session") == 1
+
+
+def test_failures_backlog_and_lag_are_told(settings: Settings, sample: Connection) -> None:
+    sample.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+        " next_attempt_at, last_error, attempts) VALUES"
+        " (1, 'event', '1', 'a', 'pending', now() - interval '1 hour', NULL, 0),"
+        " (1, 'session', '2', 'a', 'failed', now() + interval '1 hour', 'why', 1),"
+        " (1, 'usage_ledger', '3', 'a', 'failed', 'infinity', 'why it is parked', 12)"
+    )
+    diagnosis = look(settings)
+    assert (diagnosis.rows("pending"), diagnosis.rows("failed"), diagnosis.rows("parked")) == (
+        1,
+        1,
+        1,
+    )
+    assert {one.last_error: one.status for one in diagnosis.failures} == {
+        "why": "failed",
+        "why it is parked": "parked",
+    }
+    assert diagnosis.lag_seconds["fact_turn"] == pytest.approx(3600, abs=60)
+    assert diagnosis.lag_seconds["fact_budget_posting"] == 0
+    assert diagnosis.oldest_due is not None
+
+
+@pytest.mark.parametrize("due", ["-infinity", "0044-03-15 BC", "now", "12000-01-01", "infinity"])
+def test_a_row_of_any_time_hides_nothing_from_the_diagnosis(
+    settings: Settings,
+    sample: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    due: str,
+) -> None:
+    _environment(monkeypatch, settings)
+    now = datetime.now(UTC)
+    sample.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+        " next_attempt_at, last_error, created_at, updated_at)"
+        " SELECT 1, 'event', status, 'a', status, %(due)s, 'why', %(due)s, %(due)s"
+        " FROM unnest(ARRAY['pending', 'failed', 'processing']) AS status",
+        {"due": due},
+    )
+    sample.execute("UPDATE sessions SET started_at = 'infinity', finished_at = 'infinity'")
+
+    diagnosis = look(settings)
+
+    assert diagnosis.rows("pending") == diagnosis.rows("processing") == 1
+    assert diagnosis.rows("failed") + diagnosis.rows("parked") == 1
+    assert [one.last_error for one in diagnosis.failures] == ["why"]
+    assert (diagnosis.oldest_due is None) == (due in ("12000-01-01", "infinity"))
+    longest = now.timestamp() if due in ("-infinity", "0044-03-15 BC") else 0
+    assert diagnosis.lag_seconds["fact_turn"] == pytest.approx(longest, abs=60)
+    assert diagnosis.total("stale", "fact_session") > 0
+    assert main.run(["diagnose", "--days", "1"]) == 0
+    assert main.run(["diagnose", "--days", "1", "--json"]) == 0
+    json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("days", [0, 367])
+def test_a_number_of_days_out_of_range_is_refused(settings: Settings, days: int) -> None:
+    with pytest.raises(Refusal, match="from 1 to 366"):
+        diagnose(PostgresDatabase(settings), ClickHouseDatabase(settings), days, lambda _: None)
+
+
+def test_the_command_prints_tables_or_one_json_object(
+    settings: Settings,
+    sample: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _environment(monkeypatch, settings)
+    sample.execute("DELETE FROM fact_turn")
+    assert main.run(["diagnose", "--days", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {day["table"] for day in told["days"]} >= {"fact_turn", "fact_session"}
+    assert main.run(["diagnose", "--days", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "Outbox: nothing is due" in printed
+    assert "Missing rows per day" in printed
+    assert main.run(["diagnose", "--days", "0"]) == 2
+
+
+def test_health_is_measured_and_drawn_over_time(
+    instance: DagsterInstance, settings: Settings, sample: Connection
+) -> None:
+    job = build_definitions(settings).resolve_implicit_global_asset_job_def()
+    for _ in range(2):
+        result = job.execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey("pipeline_health")]
+        )
+    [event] = result.asset_materializations_for_node("pipeline_health")  # pyright: ignore[reportPossiblyUnboundVariable]
+    metadata: Any = event.metadata
+    assert metadata["backlog"].value == 0
+    assert metadata["facts_missing"].value > 0
+    assert len(metadata["days"].records) == 7 * 6
+    assert _svg(metadata["over time"].value).count("<polyline") == 3
+
+
+def test_a_chart_is_a_picture_of_its_numbers() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    picture = _svg(
+        as_markdown([now, now + timedelta(hours=1)], [Line("Rows & more", "#000", [5, 1000])])
+    )
+    ElementTree.fromstring(picture)
+    assert "Rows &amp; more: 1,000" in picture
+    assert 'points="84.0,153.4 704.0,28.0"' in picture
+
+
+def test_a_chart_of_one_time_is_drawn() -> None:
+    ElementTree.fromstring(
+        _svg(as_markdown([datetime(2026, 1, 1, tzinfo=UTC)], [Line("x", "#000", [0])]))
+    )
+
+
+def test_the_doctor_finds_nothing_wrong_with_the_embedded_servers(
+    settings: Settings, sample: Connection
+) -> None:
+    database.create_indexes(sample)
+    assert {finding.name for finding in examine(settings) if not finding.ok} == set()
+
+
+def test_the_doctor_says_what_to_do(settings: Settings, connection: Connection) -> None:
+    found = findings(settings)
+    assert "everruns-pipelines init`" in found["our own schema"].text
+    assert "init --indexes" in found["index on events"].text
+    connection.execute("ALTER TABLE sessions DROP COLUMN blueprint_id CASCADE")
+    connection.execute("DROP TABLE item_links")
+    found = findings(settings)
+    assert "sessions.blueprint_id" in found["reporting's tables"].text
+    assert "item_links" in found["items' tables"].text
+
+
+def test_the_doctor_looks_on_while_a_server_is_away(tmp_path: Path) -> None:
+    away = "postgresql://me:secret@127.0.0.1:1/nowhere"
+    settings = Settings.from_environment(
+        {
+            "EVERRUNS_POSTGRES_URL": away,
+            "EVERRUNS_DAGSTER_POSTGRES_URL": away,
+            "EVERRUNS_CLICKHOUSE_DSN": "clickhouse://me:secret@127.0.0.1:1/default",
+            "EVERRUNS_HOME": str(tmp_path),
+        }
+    )
+    found = findings(settings)
+    wrong = {name for name, finding in found.items() if not finding.ok}
+    assert wrong == {"PostgreSQL", "Dagster's storage", "spans"}
+    assert "secret" not in "".join(finding.text for finding in found.values())
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [("otel_traces.sql", "older generation"), ("otel_traces_newer.sql", "newer generation")],
+)
+def test_the_doctor_tells_generations_of_the_span_table(
+    tmp_path: Path, generation: str, said: str
+) -> None:
+    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path}/spans"})
+    clickhouse = ClickHouseDatabase(settings)
+    with clickhouse.connect() as opened:
+        for statement in span_tables(generation):
+            opened.client.command(statement)
+    assert said in findings(settings)["spans"].text
+    with clickhouse.connect() as opened:
+        opened.client.command("ALTER TABLE otel_traces DROP INDEX idx_span_attr_value")
+    assert "no index on mapValues(SpanAttributes)" in findings(settings)["spans"].text
+
+
+def _svg(markdown: str) -> str:
+    found = re.fullmatch(r"!\[[^]]*\]\(data:image/svg\+xml;base64,(\S+)\)", markdown)
+    assert found is not None
+    return base64.b64decode(found[1]).decode()
+
+
+def _environment(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    assert settings.postgres_url is not None
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", settings.postgres_url.get_secret_value())
+    monkeypatch.setenv("EVERRUNS_HOME", str(settings.home))

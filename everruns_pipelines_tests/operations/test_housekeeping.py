@@ -1,0 +1,111 @@
+"""What housekeeping removes, and what it leaves."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from dagster import DagsterInstance
+
+from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.operations import housekeeping as module
+from everruns_pipelines.settings import Settings
+
+LONG_AGO = datetime.now(UTC) - timedelta(days=40)
+
+
+@dg.asset
+def something() -> None: ...
+
+
+@dg.op
+def nothing() -> None: ...
+
+
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+def idle() -> None:
+    nothing()
+
+
+def keep_house(instance: DagsterInstance, settings: Settings) -> dict[str, int]:
+    result = (
+        build_definitions(settings)
+        .get_job_def("housekeeping")
+        .execute_in_process(instance=instance)
+    )
+    removed: dict[str, int] = {}
+    for event in result.get_step_success_events():
+        assert event.step_key is not None
+        [output] = [
+            output
+            for output in result.all_events
+            if output.event_type_value == "STEP_OUTPUT" and output.step_key == event.step_key
+        ]
+        metadata: Any = output.step_output_data.metadata
+        removed[event.step_key] = metadata["removed"].value
+    return removed
+
+
+def test_old_runs_go_unless_they_hold_a_materialization(
+    instance: DagsterInstance, settings: Settings, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "_PAGE", 2)
+    kept = {
+        dg.materialize([something], instance=instance).run_id,
+        dg.materialize([something], instance=instance).run_id,
+        instance.add_run(
+            dg.DagsterRun("idle", status=dg.DagsterRunStatus.STARTED, run_id=_id(1))
+        ).run_id,
+    }
+    old = {idle.execute_in_process(instance=instance).run_id for _ in range(5)}
+    _age_runs(instance)
+    recent = idle.execute_in_process(instance=instance).run_id
+    assert keep_house(instance, settings)["purge_runs"] == len(old)
+    left = {run.run_id for run in instance.get_runs()}
+    assert kept | {recent} <= left
+    assert not old & left
+    assert keep_house(instance, settings)["purge_runs"] == 0
+
+
+def test_outbox_rows_go_when_they_were_completed_long_ago(
+    instance: DagsterInstance, settings: Settings, connection: Connection
+) -> None:
+    connection.execute(
+        "INSERT INTO organizations (public_id, name) VALUES ('org_' || repeat('0', 32), 'N')"
+    )
+    for status, age in (("completed", 15), ("completed", 13), ("pending", 15), ("failed", 15)):
+        connection.execute(
+            "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+            " next_attempt_at, updated_at) SELECT org_id, 'event', gen_random_uuid(), 'r', %s,"
+            " now() - make_interval(days => %s), now() - make_interval(days => %s)"
+            " FROM organizations",
+            [status, age, age],
+        )
+    assert keep_house(instance, settings)["purge_outbox"] == 1
+    assert connection.execute("SELECT count(*) FROM reporting_outbox").fetchone() == (3,)
+
+
+def test_the_environment_says_when_and_how_long_to_keep() -> None:
+    settings = Settings.from_environment(
+        {
+            "EVERRUNS_PURGE_AT": "05:45",
+            "EVERRUNS_OUTBOX_KEEP_DAYS": "3",
+            "EVERRUNS_RUNS_KEEP_DAYS": "9",
+        }
+    )
+    schedule = module.housekeeping_schedule(settings)
+    assert schedule.cron_schedule == "45 5 * * *"
+    assert "after 3 days" in (schedule.description or "")
+    assert "after 9" in (schedule.description or "")
+
+
+def _age_runs(instance: DagsterInstance) -> None:
+    storage: Any = instance.run_storage
+    with storage.connect() as connection:
+        connection.exec_driver_sql(
+            "UPDATE runs SET create_timestamp = ?", (LONG_AGO.strftime("%Y-%m-%d %H:%M:%S.%f"),)
+        )
+
+
+def _id(number: int) -> str:
+    return f"00000000-0000-4000-8000-{number:012}"
