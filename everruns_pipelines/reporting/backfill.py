@@ -4,17 +4,16 @@ What is missing is computed from the tables as they stand; nothing that was foun
 taken for granted. See docs/backfill.md for why that is cheap.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.resources import files
-from typing import LiteralString, cast
+from functools import partial
+from typing import LiteralString
 
 import psycopg
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
+from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.database import require_org
@@ -26,6 +25,7 @@ LOCK_WAIT_SECONDS = 30
 LARGEST_LIMIT = 10_000
 
 _WORK_MEM = "256MB"
+_SQL = read_statements("everruns_pipelines.reporting", "backfill.sql")
 
 
 @dataclass(frozen=True)
@@ -164,21 +164,13 @@ def _lock(connection: Connection, wait_seconds: float) -> None:
 
 def _choose(connection: Connection, limit: int) -> Counter[str]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
-    connection.execute(_statement("choose"), {"limit": limit})
+    connection.execute(_SQL["choose"], {"limit": limit})
     return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")
 
 
 def _write(connection: Connection) -> Counter[str]:
-    return _counts(connection, _statement("enqueue"))
+    return _counts(connection, _SQL["enqueue"])
 
 
 def _counts(connection: Connection, query: LiteralString) -> Counter[str]:
     return Counter(dict(connection.execute(query).fetchall()))
-
-
-@cache
-def _statement(name: str) -> LiteralString:
-    """A statement of backfill.sql."""
-    text = (files("everruns_pipelines.reporting") / "backfill.sql").read_text()
-    statements = dict(re.findall(r"-- name: (\w+)\n(.*?)(?=-- name: |\Z)", text, re.DOTALL))
-    return cast("LiteralString", statements[name])

@@ -9,10 +9,9 @@ that none has read before stand in `source_columns.py`.)
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from importlib.resources import files
-from typing import LiteralString, cast
+from typing import LiteralString
 
-_PROJECTIONS = files("everruns_pipelines.reporting") / "projections"
+from everruns_pipelines.databases.sql_files import read_sql
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Projection:
 
 
 def _text(name: str) -> LiteralString:
-    return cast("LiteralString", (_PROJECTIONS / name).read_text())
+    return read_sql("everruns_pipelines.reporting", f"projections/{name}")
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,16 @@ The platform's tables are the user's. What is our own stands in `schema.sql`, an
 """
 
 from collections.abc import Iterable
-from importlib.resources import files
-from typing import LiteralString, cast
 
 from psycopg import sql
 
 from everruns_pipelines.databases import own_schema
 from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
-_FILES = files("everruns_pipelines.reporting")
 _OLDEST_SERVER = 18
 
 # The columns that we touch beside those of the sources, and what we do with the table.
@@ -104,7 +102,7 @@ def require_org(connection: Connection, org_id: int) -> None:
 
 def ensure_schema(connection: Connection) -> None:
     """Make what reporting keeps of its own, if it is not there as this version wants it."""
-    script = cast("LiteralString", (_FILES / "schema.sql").read_text())
+    script = read_sql("everruns_pipelines.reporting", "schema.sql")
     own_schema.ensure(connection, "everruns_pipelines.fact_rejections", script)
 
 
@@ -120,7 +118,7 @@ def create_indexes(connection: Connection) -> None:
     """Make the recommended index on the platform's table, without blocking its writers."""
     if has_event_index(connection) is False:
         connection.execute("DROP INDEX CONCURRENTLY events_ts_projected")
-    connection.execute(sql.SQL(cast("LiteralString", (_FILES / "indexes.sql").read_text())))
+    connection.execute(sql.SQL(read_sql("everruns_pipelines.reporting", "indexes.sql")))
 
 
 def _refuse_if(missing: list[str], message: str, code: str) -> None:

@@ -3,32 +3,25 @@
 Its statements stand in `outbox.sql`, each under its name.
 """
 
-import re
 import secrets
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib.resources import files
-from typing import Any, LiteralString, cast
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction
+from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.projector import Failure
 
 _PURGE_SIZE = 10_000
 
 
-def _statements() -> Mapping[str, LiteralString]:
-    text = (files("everruns_pipelines.reporting") / "outbox.sql").read_text()
-    parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], cast("list[LiteralString]", parts[1::2]), strict=True))
-
-
-_SQL = _statements()
+_SQL = read_statements("everruns_pipelines.reporting", "outbox.sql")
 
 
 @dataclass(frozen=True)
