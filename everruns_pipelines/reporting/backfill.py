@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import LiteralString
+from typing import LiteralString, cast
 
 import psycopg
 

@@ -51,7 +51,7 @@ class Outbox:
 
     @classmethod
     @contextmanager
-    def opened(cls, connection: Connection, max_attempts: int) -> "Generator[Outbox]":
+    def opened(cls, connection: Connection, max_attempts: int) -> Generator["Outbox"]:
         """Hold the lock that tells other projectors that this one lives."""
         lock_key = secrets.randbits(62)
         connection.execute("SELECT pg_advisory_lock(%s)", [lock_key])
