@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test check bench dev lock clean
+.PHONY: help install demo test test-deploy check bench dev lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 install: $(INSTALLED) ## environment in .venv, from the lock
 
@@ -23,7 +23,10 @@ demo: install ## the main job end to end on embedded databases, with sample data
 	$(BIN)/everruns-pipelines demo
 
 test: install ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not deploy'
+
+test-deploy: install ## the tests that need Debian's packages or other engines
+	$(BIN)/pytest -n 2 --dist loadfile -m deploy
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .
