@@ -30,6 +30,7 @@ _SPANS_TABLE = "a table name, optionally with its database: otel_traces or otel.
 
 WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _TIME = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_HOST = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)"
 
 
 def _with_scheme(*schemes: str) -> AfterValidator:
@@ -172,6 +173,23 @@ class Settings(BaseModel):
         None,
         alias="EVERRUNS_GRAPHQL_HEADERS",
         description='a JSON object of strings, such as {"Authorization": "Bearer ..."}',
+    )
+    api_tokens: Path | None = Field(
+        None,
+        alias="EVERRUNS_API_TOKENS",
+        description="a file of lines that `everruns-pipelines token` printed",
+    )
+    allowed_hosts: str = Field(
+        "",
+        alias="EVERRUNS_ALLOWED_HOSTS",
+        pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
+        description="host names without ports, separated by commas",
+    )
+    public_url: str | None = Field(
+        None,
+        alias="EVERRUNS_PUBLIC_URL",
+        pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9._~/-]*)?$",
+        description="where people see the UI, such as https://pipelines.example.com",
     )
     nightly_at: str = Field(
         "00:30",
