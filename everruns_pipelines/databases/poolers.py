@@ -21,7 +21,7 @@ def is_pooled(connection: "Connection") -> bool:
 
 
 def refuse_shared_sessions(
-    connection: "Connection", url: str, open_another: Callable[[str], "Connection"]
+    connection: "Connection", open_another: Callable[[], "Connection"]
 ) -> None:
     """Refuse a pooler that gives the transactions of a session to whichever backend is free.
 
@@ -31,14 +31,12 @@ def refuse_shared_sessions(
     Raises:
         Refusal: it is such a pooler, or the URL has options that a pooler may drop.
     """
-    from psycopg.conninfo import conninfo_to_dict
-
-    if "options" in conninfo_to_dict(url):
+    if "options" in connection.info.get_parameters():
         raise pooler_refused(
             "it may drop the options of the URL: set them by ALTER ROLE ... SET instead"
         )
     # Closed, and no more: it may still wait, and then it can be asked nothing.
-    with closing(open_another(url)) as other:
+    with closing(open_another()) as other:
         for _ in range(_LOOKS):
             mine = _backend(connection)
             others = _backend_soon(other)
