@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """Make the schema, and the indexes if asked to."""
     from everruns_pipelines.databases.postgres import PostgresDatabase
-    from everruns_pipelines.items.rebuild import ensure_schema
+    from everruns_pipelines.items.database import ensure_schema
     from everruns_pipelines.reporting import database
 
     with PostgresDatabase(settings).connect() as connection:
