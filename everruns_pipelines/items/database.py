@@ -17,8 +17,11 @@ def check_platform(connection: Connection) -> None:
     missing = [name for (name,) in rows]
     if missing:
         raise Refusal(
-            f"The database lacks {', '.join(missing)}: "
-            "EVERRUNS_POSTGRES_URL must name the platform's database",
+            "The database has no table of items: EVERRUNS_ITEMS_POSTGRES_URL must name the one "
+            "that has them, or EVERRUNS_PARTS=reporting leaves items out"
+            if len(missing) == len(_PLATFORM_TABLES)
+            else f"The database lacks {', '.join(missing)}: it must be the platform's, "
+            "with all migrations applied",
             code="incompatible_schema",
             status=503,
         )
