@@ -81,8 +81,16 @@ def check_platform(connection: Connection) -> None:
             code="incompatible_schema",
             status=503,
         )
+    missing = _missing_columns(connection)
+    if set(missing) == {f"table {table}" for table in needed_columns()}:
+        raise Refusal(
+            "The database has no table of reporting: EVERRUNS_POSTGRES_URL must name the one that "
+            "has them, or EVERRUNS_PARTS=items leaves reporting out",
+            code="incompatible_schema",
+            status=503,
+        )
     _refuse_if(
-        _missing_columns(connection),
+        missing,
         "The database lacks {}: it must be the platform's, with all migrations applied",
         "incompatible_schema",
     )
