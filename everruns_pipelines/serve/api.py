@@ -18,8 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.items.database import check_platform
 from everruns_pipelines.items.scope import RebuildRequest, as_uuid, hold_to, resolve_project
 from everruns_pipelines.reporting.backfill import BackfillRequest, check
 from everruns_pipelines.serve.answers import answer, refused
@@ -27,7 +28,7 @@ from everruns_pipelines.serve.graphql import bearer_token, media_type
 from everruns_pipelines.serve.metrics import Metrics
 from everruns_pipelines.serve.runs import TOKEN_TAG, Runs, Wanted
 from everruns_pipelines.serve.tokens import ITEMS_ADMIN, REPORTS_ADMIN, Grant, TokenFile
-from everruns_pipelines.settings import Settings
+from everruns_pipelines.settings import Part, Settings
 
 # How long a request may wait for its run.
 ANSWER_SECONDS = 300
@@ -79,6 +80,7 @@ class Call:
     """
 
     name: str
+    part: Part
     path: str
     scope: str
     job: str
@@ -109,7 +111,8 @@ def _is_my_backfill(_: Settings, grant: Grant, __: Mapping[str, str], ops: Ops) 
 def _plan_rebuild(settings: Settings, grant: Grant, path: Mapping[str, str], body: bytes) -> Ops:
     asked = _parsed(RebuildBody, body)
     request = _of_path(path, asked.session_id, tuple(asked.run_ids or ()))
-    with PostgresDatabase(settings).connect() as connection:
+    with ItemsPostgresDatabase(settings).connect() as connection:
+        check_platform(connection)
         # First of all: another organization is none, whatever else is asked.
         if grant.organization is not None:
             hold_to(connection, grant.organization, request)
@@ -128,15 +131,16 @@ def _of_path(
 
 def _is_my_rebuild(settings: Settings, grant: Grant, path: Mapping[str, str], ops: Ops) -> bool:
     if grant.organization is not None:
-        with PostgresDatabase(settings).connect() as connection:
+        with ItemsPostgresDatabase(settings).connect() as connection:
             hold_to(connection, grant.organization, _of_path(path))
     config = ops["rebuild"]["config"]
     return all(config[name] == value for name, value in path.items())
 
 
-CALLS = (
+_CALLS = (
     Call(
         name="backfill",
+        part="reporting",
         path="/reports/admin/backfill",
         scope=REPORTS_ADMIN,
         job="backfill_reporting",
@@ -146,6 +150,7 @@ CALLS = (
     ),
     Call(
         name="rebuild",
+        part="items",
         path="/org/{organization}/ws/{workspace}/projects/{project}/items/rebuild",
         scope=ITEMS_ADMIN,
         job="rebuild_items",
@@ -154,6 +159,11 @@ CALLS = (
         result=lambda counts: {"processed": counts["rebuild"]["processed"]},
     ),
 )
+
+
+def calls_of(settings: Settings) -> list[Call]:
+    """The calls of the parts that are on."""
+    return [call for call in _CALLS if call.part in settings.parts]
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class Api:
         """Each call, with and without `/api`, and its runs below it."""
         return [
             route
-            for call in CALLS
+            for call in calls_of(self.settings)
             for base in (f"{self.prefix}/v1", f"{self.prefix}/api/v1")
             for route in (
                 Route(base + call.path, self._measured(call, self._post), methods=["POST"]),

@@ -70,7 +70,7 @@ def create_app(
     ours = Starlette(
         routes=[
             *api.routes(),
-            Route(f"{prefix}/api/openapi.json", _constant(document(prefix))),
+            Route(f"{prefix}/api/openapi.json", _constant(document(settings, prefix))),
             Route(f"{prefix}/metrics", _metrics(api, metrics)),
             Route(f"{prefix}/healthz", _constant({"status": "ok"})),
             Route(f"{prefix}/readyz", _readiness(context)),

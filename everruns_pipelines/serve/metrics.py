@@ -113,6 +113,7 @@ class _Asked(Collector):
     """What is asked of the databases at each scrape."""
 
     def __init__(self, settings: Settings, context: ProcessContext) -> None:
+        self._settings = settings
         self._postgres = PostgresDatabase(settings)
         self._context = context
         self._instance: DagsterInstance = context.instance
@@ -125,7 +126,7 @@ class _Asked(Collector):
         """Each part by itself: a database that is away hides none of the others."""
         failed = _gauge("everruns_scrape_failed", "1 if this part could not be asked.", "part")
         parts: dict[str, Callable[[], Iterator[Metric]]] = {
-            "outbox": self._outbox,
+            **({"outbox": self._outbox} if "reporting" in self._settings.parts else {}),
             "health": self._health,
             "runs": self._runs,
             "daemons": self._daemons,

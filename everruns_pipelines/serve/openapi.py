@@ -6,7 +6,8 @@ from pydantic import BaseModel
 
 from everruns_pipelines import __version__
 from everruns_pipelines.serve.answers import is_of_items
-from everruns_pipelines.serve.api import CALLS, BackfillBody, Call, RebuildBody
+from everruns_pipelines.serve.api import BackfillBody, Call, RebuildBody, calls_of
+from everruns_pipelines.settings import Settings
 
 _BODIES: dict[str, type[BaseModel]] = {"backfill": BackfillBody, "rebuild": RebuildBody}
 _COUNTS = {
@@ -91,14 +92,14 @@ _KEY = {
 }
 
 
-def document(prefix: str) -> dict[str, Any]:
-    """The document.
+def document(settings: Settings, prefix: str) -> dict[str, Any]:
+    """The document, of the parts that are on.
 
     Args:
         prefix: the path below which everything is served.
     """
     paths: dict[str, Any] = {}
-    for call in CALLS:
+    for call in calls_of(settings):
         paths[f"/api/v1{call.path}"] = {"post": _launch(call)}
         paths[f"/api/v1{call.path}/{{run_id}}"] = {"get": _look(call)}
     return {

@@ -10,8 +10,9 @@ import pytest
 import requests
 from dagster import DagsterRunStatus
 from psycopg import sql
+from pydantic import SecretStr
 
-from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.serve import guards
 from everruns_pipelines.serve.guards import LARGEST_BODY
 from everruns_pipelines.serve.runs import MOST_AT_WORK
@@ -265,8 +266,6 @@ def test_a_client_that_hangs_up_does_not_stop_the_run(served: Served) -> None:
 
 
 def test_a_database_that_is_away_is_told(served: Served, serve: Serve) -> None:
-    from pydantic import SecretStr
-
     nowhere = SecretStr("postgresql://nobody:secret@127.0.0.1:1/nothing")
     with serve(postgres_url=nowhere) as lost:
         response = lost.ask(BACKFILL, "of-one")
@@ -277,18 +276,32 @@ def test_a_database_that_is_away_is_told(served: Served, serve: Serve) -> None:
         )
 
 
-def test_a_database_that_fails_is_told(served: Served, admin: Connection) -> None:
-    rename = "ALTER TABLE {} RENAME TO {}"
+def test_a_database_without_the_tables_of_a_part_is_told(served: Served) -> None:
     tables = [sql.Identifier("item_workspaces"), sql.Identifier("hidden")]
-    from everruns_pipelines.databases.postgres import PostgresDatabase
-
+    rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
     with PostgresDatabase(served.settings).connect() as connection:
-        connection.execute(sql.SQL(rename).format(*tables))
+        connection.execute(rename.format(*tables))
         try:
-            told = refused(served.ask(REBUILD, json={"run_ids": ["r"]}), 502)
+            told = refused(served.ask(REBUILD, json={"run_ids": ["r"]}), 503)
         finally:
-            connection.execute(sql.SQL(rename).format(*reversed(tables)))
-    assert told == 'PostgreSQL failed: relation "item_workspaces" does not exist'
+            connection.execute(rename.format(*reversed(tables)))
+    assert "item_workspaces" in told
+
+
+@pytest.mark.parametrize(
+    ("part", "there", "off"), [("items", REBUILD, BACKFILL), ("reporting", BACKFILL, REBUILD)]
+)
+def test_the_call_of_a_part_that_is_off_is_not_found(
+    serve: Serve, part: str, there: str, off: str
+) -> None:
+    with serve(parts=(part,)) as half:
+        refused(half.ask(off, json={}), 404)
+        refused(half.ask(there, None), 401)
+        paths = half.ask("/api/openapi.json", None, "GET").json()["paths"]
+        assert [path for path in paths if path.endswith("backfill")] == [
+            f"/api{BACKFILL}" for _ in range(part == "reporting")
+        ]
+        assert "scrape_failed" in half.ask("/metrics", method="GET").text
 
 
 def test_without_a_file_of_tokens_the_api_lets_nobody_in(serve: Serve) -> None:
