@@ -12,7 +12,7 @@ from everruns_pipelines.items.automation import (
     item_schedules,
     materialize_items,
 )
-from everruns_pipelines.items.jobs import rebuild_items
+from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.orchestration.resources import resources
@@ -22,7 +22,11 @@ from everruns_pipelines.reporting.automation import (
     reporting_outbox_sensor,
     reporting_schedules,
 )
-from everruns_pipelines.reporting.jobs import backfill_reporting, project_reporting
+from everruns_pipelines.reporting.jobs import (
+    backfill_reporting,
+    check_reporting,
+    project_reporting,
+)
 from everruns_pipelines.settings import Settings
 
 # Dagster hands its sensors a young parameter when it resolves them; nobody here gives one.
@@ -51,8 +55,10 @@ def build_definitions(
             backfill_reporting,
             project_reporting,
             materialize_reporting,
+            check_reporting,
             rebuild_items,
             materialize_items,
+            check_items,
             measure_health,
             housekeeping,
         ],
