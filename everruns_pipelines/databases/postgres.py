@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from pydantic import SecretStr
+
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
@@ -31,6 +33,16 @@ class PostgresDatabase:
 
     settings: Settings
 
+    @property
+    def variable(self) -> str:
+        """The environment variable that names this database."""
+        return "EVERRUNS_POSTGRES_URL"
+
+    @property
+    def configured(self) -> SecretStr | None:
+        """Its URL, if one is configured."""
+        return self.settings.postgres_url
+
     @contextmanager
     def connect(self) -> Generator[Connection]:
         """A connection in autocommit mode, closed at the end: group statements with `transaction`.
@@ -38,21 +50,36 @@ class PostgresDatabase:
         Raises:
             Refusal: the server cannot be reached or does not let us in.
         """
-        with _connected(self.url) as connection:
+        with _connected(self.url, self.variable) as connection:
             yield connection
 
     @property
     def url(self) -> str:
         """The connection URL. Holds a password: never to be printed."""
-        if self.settings.postgres_url is not None:
-            return self.settings.postgres_url.get_secret_value()
+        if self.configured is not None:
+            return self.configured.get_secret_value()
         from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 
         return embedded_postgres_url(self.settings.home)
 
 
+class ItemsPostgresDatabase(PostgresDatabase):
+    """The PostgreSQL with the items' tables: the same one, unless items have one of their own."""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that names this database."""
+        own = self.settings.items_postgres_url is not None
+        return "EVERRUNS_ITEMS_POSTGRES_URL" if own else super().variable
+
+    @property
+    def configured(self) -> SecretStr | None:
+        """Its URL, if one is configured."""
+        return self.settings.items_postgres_url or super().configured
+
+
 @contextmanager
-def _connected(url: str) -> Generator[Connection]:
+def _connected(url: str, variable: str) -> Generator[Connection]:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
 
@@ -73,7 +100,7 @@ def _connected(url: str) -> Generator[Connection]:
         told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
         raise Refusal(
             f"PostgreSQL cannot be used: {told}. "
-            "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
+            f"{variable} must name a running server and an existing database",
             code="unavailable",
             status=503,
         ) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.checks import (
     CheckConfig,
@@ -29,7 +29,7 @@ from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.items.rebuild import Rebuilt
+    from everruns_pipelines.items.accounting import Rebuilt
 
 SPANS = "otel_traces"
 
@@ -138,7 +138,7 @@ def item_assets(settings: Settings) -> ItemAssets:
     )
     def items(
         context: dg.AssetExecutionContext,
-        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> None:
         from everruns_pipelines.items.rebuild import rebuild_day
@@ -146,7 +146,9 @@ def item_assets(settings: Settings) -> ItemAssets:
         with items_failures():
             for day in days_of_run(context.run, partitions):
                 context.log.info(f"Rebuilding the items of {day}")
-                done = rebuild_day(everruns_postgres, everruns_clickhouse, day, context.log.info)
+                done = rebuild_day(
+                    everruns_items_postgres, everruns_clickhouse, day, context.log.info
+                )
                 context.add_asset_metadata(as_metadata(done), partition_key=day.isoformat())
 
     @dg.multi_asset_check(
@@ -158,16 +160,22 @@ def item_assets(settings: Settings) -> ItemAssets:
     def items_checks(
         context: dg.AssetCheckExecutionContext,
         config: CheckConfig,
-        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.items.rebuild import rebuild_day
 
         with items_failures():
-            days = days_to_check(context, settings, config)
+            asked = days_to_check(context, settings, config)
+            # Before the first span is stored there is no table to look at.
+            days = asked if everruns_clickhouse.is_there() else []
             would = {
                 day: rebuild_day(
-                    everruns_postgres, everruns_clickhouse, day, context.log.info, dry_run=True
+                    everruns_items_postgres,
+                    everruns_clickhouse,
+                    day,
+                    context.log.info,
+                    dry_run=True,
                 )
                 for day in days
             }

@@ -138,10 +138,10 @@ def _result(
             dg.AssetCheckSeverity.WARN if what == "orphaned" else dg.AssetCheckSeverity.ERROR
         ),
         description=(
-            f"{number:,} {what} rows in {_told(list(found))}. "
+            f"{number:,} {what} rows {_told(list(found))}. "
             f"{_REMEDIES.get(what, 'Materialize these days to repair them')}."
             if found
-            else f"No {what} rows in {_told(days)}."
+            else f"No {what} rows {_told(days)}."
         ),
         metadata=metadata,
     )
@@ -155,9 +155,11 @@ _REMEDIES = {
 
 def _told(days: Sequence[date]) -> str:
     """Days as people say them: each alone if they are few, else their ends and their number."""
+    if not days:
+        return "yet: there is nothing to look at"
     if len(days) <= 3:
-        return ", ".join(map(str, days))
-    return f"{len(days)} days between {days[0]} and {days[-1]}"
+        return f"on {', '.join(map(str, days))}"
+    return f"in {len(days)} days between {days[0]} and {days[-1]}"
 
 
 def _wrong_before(context: dg.AssetCheckExecutionContext) -> Iterator[date]:

@@ -5,8 +5,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.items.assets import item_assets
 from everruns_pipelines.items.jobs import check_items, rebuild_items
+from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import SESSION, Span, World, envelope, key
 
 _SCOPE = {"organization": "acme", "workspace": "red", "project": "webapp"}
@@ -34,7 +36,7 @@ def definitions(world: World) -> dg.Definitions:
             check_items,
         ],
         resources={
-            "everruns_postgres": world.postgres,
+            "everruns_items_postgres": world.postgres,
             "everruns_clickhouse": world.clickhouse,
             "everruns_io_manager": dg.mem_io_manager,
         },
@@ -152,3 +154,12 @@ def test_every_column_of_the_table_is_described(world: World) -> None:
     assert described.keys() == {name for (name,) in rows}
     assert all(described.values())
     assert (spec.group_name, spec.kinds) == ("items", {"postgres", "clickhouse"})
+
+
+def test_before_the_first_span_there_is_nothing_to_check(settings: Settings) -> None:
+    result = build_definitions(settings).resolve_job_def("check_items").execute_in_process()
+    checks = result.get_asset_check_evaluations()
+    assert {check.check_name: check.passed for check in checks} == {
+        "no_missing_rows": True,
+        "no_stale_rows": True,
+    }
