@@ -7,9 +7,10 @@ import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.orchestration.checks import check_job
 from everruns_pipelines.orchestration.failures import RETRIES
 
 
@@ -47,14 +48,16 @@ class RebuildConfig(dg.Config):
 def rebuild_op(
     context: dg.OpExecutionContext,
     config: RebuildConfig,
-    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
     everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dict[str, int]:
     """Rebuild and return the counts of the interface, which are the output's metadata too."""
     from everruns_pipelines.items.rebuild import rebuild
 
     with items_failures():
-        done = rebuild(everruns_postgres, everruns_clickhouse, config.request(), context.log.info)
+        done = rebuild(
+            everruns_items_postgres, everruns_clickhouse, config.request(), context.log.info
+        )
     context.add_output_metadata(as_metadata(done))
     return done.counts()
 
@@ -67,3 +70,6 @@ def rebuild_op(
 def rebuild_items() -> None:
     """The op `rebuild` alone, in the run's own process."""
     rebuild_op()
+
+
+check_items = check_job("check_items", "items", ["items"])

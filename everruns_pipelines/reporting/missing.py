@@ -13,6 +13,7 @@ from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Pr
 from everruns_pipelines.reporting.keys import declared_hashes, differs, hash_of, seed, sliced_facts
 from everruns_pipelines.reporting.query import (
     EVERYTHING,
+    columns_of,
     expected_rows,
     rows_of,
     selected_rows,
@@ -155,6 +156,7 @@ def _explanations() -> sql.Composed:
     They are likely to be what is missing; it is still to be looked up.
     """
     return sql.SQL(_EXPLANATIONS).format(
+        columns=columns_of(EVENT),
         events=rows_of(EVENT),
         slices=chosen_slices(),
         explains=sql.SQL(" OR ").join(
@@ -236,7 +238,7 @@ WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 """
 
 _EXPLANATIONS = """
-SELECT source.*
+SELECT {columns}
 FROM sessions AS session
 {slices}
 JOIN {events} AS source ON source.session_id = session.id

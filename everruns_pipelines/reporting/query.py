@@ -39,8 +39,9 @@ def rows_of(source: Source) -> sql.Composed:
 def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL) -> sql.Composed:
     """Rows of the source in the selection, each with its `org_id`."""
     org_id = sql.SQL("session.org_id" if source.org_from_session else "source.org_id")
+    columns = columns_of(source)
     return sql.SQL("SELECT {columns} FROM {rows} AS source {session} {selection} {where}").format(
-        columns=sql.SQL("session.org_id, source.*" if source.org_from_session else "source.*"),
+        columns=sql.SQL("{}, {}").format(org_id, columns) if source.org_from_session else columns,
         rows=rows_of(source),
         session=sql.SQL(
             "JOIN sessions AS session ON session.id = source.session_id"
@@ -54,6 +55,13 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
             time=sql.Identifier("source", source.time),
         ),
         where=_of_types("WHERE source.event_type", event_types),
+    )
+
+
+def columns_of(source: Source) -> sql.Composed:
+    """The columns that are read of a source, and no others: the role may not see more."""
+    return sql.SQL(", ").join(
+        sql.Identifier("source", column.name) for column in SOURCE_COLUMNS[source.table]
     )
 
 
