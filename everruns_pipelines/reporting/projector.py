@@ -355,12 +355,15 @@ _ADDED = """
 _NOTED = """
 noted AS (
     INSERT INTO everruns_pipelines.fact_rejections AS known
-        (fact, org_id, source_key, reason, written)
-    SELECT {name}, org_id, source_key, coalesce(rejected, reported), rejected IS NULL
+        (fact, org_id, source_key, session_id, reason, written)
+    SELECT {name}, org_id, source_key, session_id, coalesce(rejected, reported), rejected IS NULL
     FROM compared
     WHERE coalesce(rejected, reported) IS NOT NULL
     ON CONFLICT (fact, org_id, source_key) DO UPDATE
-    SET reason = excluded.reason, written = excluded.written, rejected_at = now()
+    SET session_id = excluded.session_id,
+        reason = excluded.reason,
+        written = excluded.written,
+        rejected_at = now()
     WHERE (known.reason, known.written) IS DISTINCT FROM (excluded.reason, excluded.written)
 ),
 settled AS (

@@ -118,3 +118,23 @@ def _value(column: Column, projection: Projection) -> sql.Composable:
     if column.dimension is None or column.name in projection.provides:
         return sql.Identifier("projected", column.name)
     return sql.SQL(column.dimension)
+
+
+def stands(sources: Iterable[Source], org_id: LiteralString) -> sql.Composed:
+    """A condition: the source of `key` (type, id) is there, in the organization.
+
+    Looked up one by one: meant for few.
+    """
+    return sql.SQL("(CASE key.type {} ELSE false END)").format(
+        sql.SQL(" ").join(
+            sql.SQL(
+                "WHEN {} THEN EXISTS (SELECT FROM ({}) AS source"
+                " WHERE source.id = key.id AND source.org_id = {} OFFSET 0)"
+            ).format(
+                sql.Literal(source.type),
+                selected_rows(source, (), EVERYTHING),
+                sql.SQL(org_id),
+            )
+            for source in sources
+        )
+    )
