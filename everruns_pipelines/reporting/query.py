@@ -20,6 +20,17 @@ BETWEEN = sql.SQL(
     "JOIN (SELECT) AS days ON {time} >= %(first)s::date AND {time} < %(last)s::date + 1"
 )
 EVERYTHING = sql.SQL("")
+# Joins to `fact` the source that its key names, as `key`.
+KEY_OF_FACT = sql.SQL("""
+CROSS JOIN LATERAL (
+    SELECT
+        split_part(fact.source_key, ':', 1) AS type,
+        CASE
+            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
+                THEN split_part(fact.source_key, ':', 2)::uuid
+        END AS id
+) AS key
+""")
 
 
 def rows_of(source: Source) -> sql.Composed:

@@ -29,6 +29,7 @@ from everruns_pipelines.reporting.projector import (
 )
 from everruns_pipelines.reporting.query import (
     BETWEEN,
+    KEY_OF_FACT,
     STAGED,
     expected_rows,
     projected_rows,
@@ -329,6 +330,7 @@ def _leftovers(connection: Connection, fact: Fact, day: date, staged: int) -> Co
                 )
                 for projection in fact.projections
             ),
+            key=KEY_OF_FACT,
             stands=stands(fact.sources, "fact.org_id"),
         ),
         {"day": day, "first": 1, "last": staged},
@@ -441,15 +443,7 @@ SELECT
         ELSE 'orphaned'
     END AS state
 FROM {fact} AS fact
-CROSS JOIN LATERAL (
-    SELECT
-        split_part(fact.source_key, ':', 1) AS type,
-        CASE
-            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
-                THEN split_part(fact.source_key, ':', 2)::uuid
-        END AS id
-) AS key
-WHERE fact.time_bucket_day = %(day)s
+{key}WHERE fact.time_bucket_day = %(day)s
     AND NOT EXISTS (
         SELECT FROM expected
         WHERE expected.org_id = fact.org_id AND expected.source_key = fact.source_key
