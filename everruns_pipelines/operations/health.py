@@ -14,7 +14,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.reporting.catalog import FACTS
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ _DAYS_SCHEMA = dg.TableSchema(
     owners=["team:everruns"],
     deps=[*_FACTS, _ITEMS],
     pool="postgres",
-    retry_policy=RETRIES,
     freshness_policy=dg.FreshnessPolicy.time_window(
         fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
     ),

@@ -1,11 +1,13 @@
 """Drains the outbox: claims batch after batch, and projects each in one transaction."""
 
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from threading import Lock, Thread
 
+import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
@@ -31,6 +33,8 @@ from everruns_pipelines.reporting.projector import (
 # until the one before has committed.
 _ORDER = ((EVENT, LLM_GENERATION, USAGE_LEDGER), (SESSION,))
 _PROJECTORS = 2
+# A batch that is nearly done may finish, and one that is cancelled give back its rows.
+_LAST_SECONDS = 1
 _SELECTED = sql.SQL(
     "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
 )
@@ -136,14 +140,16 @@ def drain_in_parallel(
     """Drain with several projectors at once, each on a connection of its own; see `drain`.
 
     Most of the time goes into PostgreSQL's indexes, where one connection uses one processor.
-    Stopped in the middle, the projectors finish the batches that they are working on.
+    Stopped in the middle, the projectors give back the batches that they are working on.
     """
     budget = _Budget(batch_size, max_rows)
     done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
+    connections: list[Connection] = []
 
     def project() -> None:
         try:
             with postgres.connect() as connection:
+                connections.append(connection)
                 attempts = postgres.settings.reporting_max_attempts
                 for batch in _drain(connection, budget, attempts, org_id):
                     done.put(batch)
@@ -164,10 +170,21 @@ def drain_in_parallel(
                 yield outcome
     finally:
         budget.close()
-        for projector in projectors:
-            projector.join()
+        _join(projectors, connections)
     if failures:
         raise failures[0]
+
+
+def _join(projectors: list[Thread], connections: list[Connection]) -> None:
+    """Wait for the projectors, and cancel what they wait for."""
+    for projector in projectors:
+        projector.join(_LAST_SECONDS)
+    while any(projector.is_alive() for projector in projectors):
+        for connection in connections:
+            with suppress(psycopg.Error):  # closed meanwhile
+                connection.cancel_safe(timeout=_LAST_SECONDS)
+        for projector in projectors:
+            projector.join(_LAST_SECONDS)
 
 
 def _until_all_ended(
