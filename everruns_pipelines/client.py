@@ -155,7 +155,8 @@ class Deployment:
         ]
         if not repositories:
             raise Refusal(
-                f"The deployment at {self.url} has no job {job}: is its code location loaded?",
+                f"The deployment at {self.url} has no job {job}: its code location is not loaded, "
+                "or its EVERRUNS_PARTS leaves the job out",
                 code="not_found_error",
                 status=404,
             )

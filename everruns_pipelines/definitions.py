@@ -1,7 +1,7 @@
 """The composition root: the one Definitions, and nothing else."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -23,7 +23,7 @@ from everruns_pipelines.reporting.automation import (
     reporting_schedules,
 )
 from everruns_pipelines.reporting.jobs import backfill_reporting, project_reporting
-from everruns_pipelines.settings import Settings
+from everruns_pipelines.settings import Part, Settings
 
 # Dagster hands its sensors a young parameter when it resolves them; nobody here gives one.
 warnings.filterwarnings("ignore", ".*owners.*SensorDefinition", dg.BetaWarning)
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", ".*owners.*SensorDefinition", dg.BetaWarning)
 def build_definitions(
     settings: Settings, overrides: Mapping[str, Any] | None = None
 ) -> dg.Definitions:
-    """Everything that Dagster is to know, for the given settings.
+    """Everything that Dagster is to know, for the given settings and the parts that are on.
 
     Args:
         overrides: resources to use instead of the settings' own, by key; for tests.
@@ -41,32 +41,49 @@ def build_definitions(
         # Single-run backfills and partitioned checks: young, and chosen on purpose.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        assets = fact_assets(settings)
-        checks = fact_checks(settings)
-        items = item_assets(settings)
-    return dg.Definitions(
-        assets=[*source_assets(), *assets, span_table(settings), items.asset, pipeline_health],
-        asset_checks=[*checks, items.checks],
-        jobs=[
-            backfill_reporting,
-            project_reporting,
-            materialize_reporting,
-            rebuild_items,
-            materialize_items,
-            measure_health,
-            housekeeping,
-        ],
-        sensors=[reporting_outbox_sensor, item_failures_sensor],
-        schedules=[
-            *reporting_schedules(settings),
-            *item_schedules(settings),
-            housekeeping_schedule(settings),
-            health_schedule,
-        ],
-        resources={**resources(settings), **(overrides or {})},
-        # A day costs two seconds in the run's own process, and twenty in one of its own.
-        executor=dg.in_process_executor,
+        parts = [_OF_PART[part](settings) for part in settings.parts]
+    return dg.Definitions.merge(
+        *parts,
+        _operations(settings),
+        dg.Definitions(
+            resources={**resources(settings), **(overrides or {})},
+            # A day costs two seconds in the run's own process, and twenty in one of its own.
+            executor=dg.in_process_executor,
+        ),
     )
 
 
+def _reporting(settings: Settings) -> dg.Definitions:
+    return dg.Definitions(
+        assets=[*source_assets(), *fact_assets(settings)],
+        asset_checks=fact_checks(settings),
+        jobs=[backfill_reporting, project_reporting, materialize_reporting],
+        sensors=[reporting_outbox_sensor],
+        schedules=reporting_schedules(settings),
+    )
+
+
+def _items(settings: Settings) -> dg.Definitions:
+    items = item_assets(settings)
+    return dg.Definitions(
+        assets=[span_table(settings), items.asset],
+        asset_checks=[items.checks],
+        jobs=[rebuild_items, materialize_items],
+        sensors=[item_failures_sensor],
+        schedules=item_schedules(settings),
+    )
+
+
+def _operations(settings: Settings) -> dg.Definitions:
+    return dg.Definitions(
+        assets=[pipeline_health(settings)],
+        jobs=[measure_health, housekeeping(settings)],
+        schedules=[housekeeping_schedule(settings), health_schedule],
+    )
+
+
+_OF_PART: Mapping[Part, Callable[[Settings], dg.Definitions]] = {
+    "reporting": _reporting,
+    "items": _items,
+}
 defs = build_definitions(Settings.from_environment())

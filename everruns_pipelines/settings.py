@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -27,6 +27,10 @@ from everruns_pipelines.errors import SettingsError
 _POSTGRES_URL = "postgresql://user:password@host:port/database"
 _CLICKHOUSE_DSN = "clickhouse[s]://user:password@host:port/database, or chdb:///path"
 _SPANS_TABLE = "a table name, optionally with its database: otel_traces or otel.otel_traces"
+
+# Reporting and items are two platforms' needs: each half works without the other.
+Part = Literal["reporting", "items"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _TIME = "([01][0-9]|2[0-3]):[0-5][0-9]"
@@ -109,6 +113,15 @@ def _json_of_headers(value: SecretStr) -> SecretStr:
     return value
 
 
+def _parts(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    named = [name.strip() for name in value.split(",")]
+    if not set(named) <= set(PARTS):
+        raise ValueError("no such part")
+    return tuple(part for part in PARTS if part in named)
+
+
 def _not_in_the_future(value: date) -> date:
     if value > datetime.now(UTC).date():
         raise ValueError("in the future")
@@ -132,6 +145,12 @@ class Settings(BaseModel):
 
     postgres_url: _PostgresUrl | None = Field(
         None, alias="EVERRUNS_POSTGRES_URL", description=_POSTGRES_URL
+    )
+    parts: Annotated[tuple[Part, ...], BeforeValidator(_parts)] = Field(
+        PARTS, alias="EVERRUNS_PARTS", description="reporting, items, or both: reporting,items"
+    )
+    items_postgres_url: _PostgresUrl | None = Field(
+        None, alias="EVERRUNS_ITEMS_POSTGRES_URL", description=_POSTGRES_URL
     )
     clickhouse_dsn: _ClickHouseDsn | None = Field(
         None, alias="EVERRUNS_CLICKHOUSE_DSN", description=_CLICKHOUSE_DSN

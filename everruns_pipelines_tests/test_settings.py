@@ -27,6 +27,14 @@ WRONG = {
         "postgresql://host/db?secret=1",
         "postgresql://host/db?connect_timeout=secret",
     ),
+    ("EVERRUNS_ITEMS_POSTGRES_URL", POSTGRES): ("secret", "postgresql://u:sec%zzret@host/db"),
+    ("EVERRUNS_PARTS", "reporting, items, or both: reporting,items"): (
+        "secret",
+        ",",
+        "reporting,",
+        "items secret",
+        "Items",
+    ),
     ("EVERRUNS_DAGSTER_POSTGRES_URL", POSTGRES): ("secret", "postgresql://u:sec%zzret@host/db"),
     (
         "EVERRUNS_CLICKHOUSE_DSN",

@@ -37,15 +37,18 @@ def demonstrate(settings: Settings) -> None:
     Raises:
         Refusal: a database is configured; the demo writes made-up data and has no place there.
     """
-    if settings.postgres_url is not None or settings.clickhouse_dsn is not None:
+    configured = (settings.postgres_url, settings.items_postgres_url, settings.clickhouse_dsn)
+    if any(configured):
         raise Refusal(
             "the demo writes made-up data into the embedded databases only: "
-            "unset EVERRUNS_POSTGRES_URL and EVERRUNS_CLICKHOUSE_DSN"
+            "unset EVERRUNS_POSTGRES_URL, EVERRUNS_ITEMS_POSTGRES_URL and EVERRUNS_CLICKHOUSE_DSN"
         )
     console = Console(stderr=True)
     with PostgresDatabase(settings).connect() as connection:
-        _reporting(settings, connection, console)
-        _items(settings, connection, console)
+        if "reporting" in settings.parts:
+            _reporting(settings, connection, console)
+        if "items" in settings.parts:
+            _items(settings, connection, console)
 
 
 def _reporting(settings: Settings, connection: Connection, console: Console) -> None:

@@ -19,14 +19,10 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any] | Non
     """Look, and show."""
     from rich.console import Console
 
-    from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-    from everruns_pipelines.databases.postgres import PostgresDatabase
-    from everruns_pipelines.operations.diagnosis import diagnose
+    from everruns_pipelines.operations.diagnosis import Databases, diagnose
 
     with Console(stderr=True).status("Looking") as status:
-        diagnosis = diagnose(
-            PostgresDatabase(settings), ClickHouseDatabase(settings), options.days, status.update
-        )
+        diagnosis = diagnose(Databases.of(settings), options.days, status.update)
     if options.json:
         return diagnosis.as_json()
     from everruns_pipelines.commands.tables import show_diagnosis

@@ -16,14 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """Make the schema, and the indexes if asked to."""
-    from everruns_pipelines.databases.postgres import PostgresDatabase
-    from everruns_pipelines.items.rebuild import ensure_schema
+    """Make the schema of each part that is on, and the indexes if asked to."""
+    from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
+    from everruns_pipelines.items.database import ensure_schema
     from everruns_pipelines.reporting import database
 
-    with PostgresDatabase(settings).connect() as connection:
-        database.prepare(connection)
-        ensure_schema(connection)
-        if options.indexes:
-            database.create_indexes(connection)
-    return {"schema": "everruns_pipelines", "indexes": options.indexes}
+    # All of the recommended indexes are on tables of reporting.
+    indexes = options.indexes and "reporting" in settings.parts
+    if "reporting" in settings.parts:
+        with PostgresDatabase(settings).connect() as connection:
+            database.prepare(connection)
+            if indexes:
+                database.create_indexes(connection)
+    if "items" in settings.parts:
+        with ItemsPostgresDatabase(settings).connect() as connection:
+            ensure_schema(connection)
+    return {"schema": "everruns_pipelines", "indexes": indexes}

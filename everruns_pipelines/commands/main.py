@@ -24,10 +24,12 @@ from everruns_pipelines.commands import (
     rebuild,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
-from everruns_pipelines.settings import Settings
+from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
 _COMMANDS = (demo, dev, init, doctor, backfill, project, rebuild, diagnose)
+
+_PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
 
 _DONE, _FAILED, _REFUSED = 0, 1, 2
 
@@ -47,7 +49,9 @@ def run(arguments: Sequence[str]) -> int:
     is_of_items = arguments[0] == "rebuild"
     try:
         options = parser.parse_args(arguments)
-        result = options.run(options, Settings.from_environment())
+        settings = Settings.from_environment()
+        _refuse_part_that_is_off(arguments[0], options, settings)
+        result = options.run(options, settings)
     except SettingsError as error:
         return _tell(str(error), _REFUSED)
     except Refusal as refusal:
@@ -62,6 +66,17 @@ def run(arguments: Sequence[str]) -> int:
     if result is not None:
         _print(result)
     return _DONE
+
+
+def _refuse_part_that_is_off(command: str, options: argparse.Namespace, settings: Settings) -> None:
+    """What is on in a deployment elsewhere (`--url`), that one says itself."""
+    part = _PART_OF.get(command)
+    if part is not None and part not in settings.parts and options.url is None:
+        raise Refusal(
+            f"{command} is of {part}, which is off here: EVERRUNS_PARTS must name {part}",
+            code="not_found_error",
+            status=404,
+        )
 
 
 def _tell(message: str, status: int) -> int:

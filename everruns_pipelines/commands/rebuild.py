@@ -40,10 +40,10 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     )
     request.check()
     if options.url is None:
-        from everruns_pipelines.databases.postgres import PostgresDatabase
-        from everruns_pipelines.items.rebuild import check_platform
+        from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
+        from everruns_pipelines.items.database import check_platform
 
-        with PostgresDatabase(settings).connect() as connection:
+        with ItemsPostgresDatabase(settings).connect() as connection:
             check_platform(connection)
             resolve_project(connection, request)
     config = {

@@ -19,8 +19,7 @@ def show_diagnosis(diagnosis: "Diagnosis") -> None:
     """Print a diagnosis on standard output."""
     Console().print(
         Group(
-            _outbox(diagnosis),
-            _lag(diagnosis),
+            *([_outbox(diagnosis), _lag(diagnosis)] if "reporting" in diagnosis.parts else []),
             *([_failures(diagnosis)] if diagnosis.failures else []),
             *(_days(diagnosis.days, what) for what in ("missing", "stale", "orphaned")),
             *(f"[yellow]unknown[/yellow] {reason}" for reason in diagnosis.unknown),

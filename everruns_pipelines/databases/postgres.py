@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from threading import Timer
 from typing import TYPE_CHECKING, Any, LiteralString, TypeAlias, TypeVar
 
+from pydantic import SecretStr
+
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
@@ -47,6 +49,16 @@ class PostgresDatabase:
 
     settings: Settings
 
+    @property
+    def variable(self) -> str:
+        """The environment variable that names this database."""
+        return "EVERRUNS_POSTGRES_URL"
+
+    @property
+    def configured(self) -> SecretStr | None:
+        """Its URL, if one is configured."""
+        return self.settings.postgres_url
+
     @contextmanager
     def connect(self, *, within: float | None = None) -> Generator[Connection]:
         """A connection in autocommit mode, closed at the end: group statements with `transaction`.
@@ -60,21 +72,39 @@ class PostgresDatabase:
             Refusal: the server cannot be reached, does not let us in, has not answered in time, or
                 somebody has held a lock for too long.
         """
-        with _connected(self.url, within) as connection, _told_who_holds_locks(connection):
+        with (
+            _connected(self.url, self.variable, within) as connection,
+            _told_who_holds_locks(connection),
+        ):
             yield connection
 
     @property
     def url(self) -> str:
         """The connection URL. Holds a password: never to be printed."""
-        if self.settings.postgres_url is not None:
-            return self.settings.postgres_url.get_secret_value()
+        if self.configured is not None:
+            return self.configured.get_secret_value()
         from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 
         return embedded_postgres_url(self.settings.home)
 
 
+class ItemsPostgresDatabase(PostgresDatabase):
+    """The PostgreSQL with the items' tables: the same one, unless items have one of their own."""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that names this database."""
+        own = self.settings.items_postgres_url is not None
+        return "EVERRUNS_ITEMS_POSTGRES_URL" if own else super().variable
+
+    @property
+    def configured(self) -> SecretStr | None:
+        """Its URL, if one is configured."""
+        return self.settings.items_postgres_url or super().configured
+
+
 @contextmanager
-def _connected(url: str, within: float | None) -> Generator[Connection]:
+def _connected(url: str, variable: str, within: float | None) -> Generator[Connection]:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
 
@@ -107,7 +137,7 @@ def _connected(url: str, within: float | None) -> Generator[Connection]:
         told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
         raise Refusal(
             f"PostgreSQL cannot be used: {told}. "
-            "EVERRUNS_POSTGRES_URL must name a running server and an existing database",
+            f"{variable} must name a running server and an existing database",
             code="unavailable",
             status=503,
         ) from None

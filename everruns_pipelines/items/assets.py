@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.failures import told_plainly, try_again
 from everruns_pipelines.orchestration.partitions import day_partitions
@@ -23,7 +23,7 @@ from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.items.rebuild import Rebuilt
+    from everruns_pipelines.items.accounting import Rebuilt
 
 SPANS = "otel_traces"
 
@@ -126,7 +126,7 @@ def item_assets(settings: Settings) -> ItemAssets:
     )
     def items(
         context: dg.AssetExecutionContext,
-        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> None:
         from everruns_pipelines.items.rebuild import rebuild_day
@@ -135,7 +135,7 @@ def item_assets(settings: Settings) -> ItemAssets:
             context.log.info(f"Rebuilding the items of {day}")
             with items_failures():
                 done = rebuild_day(
-                    everruns_postgres,
+                    everruns_items_postgres,
                     everruns_clickhouse,
                     date.fromisoformat(day),
                     context.log.info,
@@ -162,7 +162,7 @@ def item_assets(settings: Settings) -> ItemAssets:
     )
     def items_equal_their_spans(
         context: dg.AssetCheckExecutionContext,
-        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.items.rebuild import rebuild_day
@@ -172,7 +172,7 @@ def item_assets(settings: Settings) -> ItemAssets:
         for day in context.partition_keys:
             with items_failures():
                 would = rebuild_day(
-                    everruns_postgres,
+                    everruns_items_postgres,
                     everruns_clickhouse,
                     date.fromisoformat(day),
                     context.log.info,

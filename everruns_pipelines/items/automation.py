@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import dagster as dg
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.jobs import rebuild_items
 from everruns_pipelines.orchestration.timetable import BackOff, cron, day_range_tags
@@ -90,7 +90,7 @@ class _Memory:
 )
 def item_failures_sensor(
     context: dg.SensorEvaluationContext,
-    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
     everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dg.SensorResult:
     """Look at what was reported since the last look; launch what lacks its item."""
@@ -107,7 +107,7 @@ def item_failures_sensor(
         reported = _reported(
             everruns_clickhouse, max(memory.since, until - _LONGEST_LOOK_BACK), until
         )
-        unstored = _unstored(everruns_postgres, reported)
+        unstored = _unstored(everruns_items_postgres, reported)
     except Refusal as refusal:
         if refusal.code == "locked":
             return _skipped(refusal.detail, memory)
@@ -161,7 +161,7 @@ def _reported(clickhouse: ClickHouseDatabase, since: int, until: int) -> "Report
         return find_reported(opened, clickhouse.settings.spans_table, since, until)
 
 
-def _unstored(postgres: PostgresDatabase, reported: "Reported") -> "list[Unstored]":
+def _unstored(postgres: ItemsPostgresDatabase, reported: "Reported") -> "list[Unstored]":
     from everruns_pipelines.items.unstored import find_unstored
 
     if not reported.rows:

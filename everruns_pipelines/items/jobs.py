@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
 
@@ -45,14 +45,16 @@ class RebuildConfig(dg.Config):
 def rebuild_op(
     context: dg.OpExecutionContext,
     config: RebuildConfig,
-    everruns_postgres: dg.ResourceParam[PostgresDatabase],
+    everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
     everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dict[str, int]:
     """Rebuild and return the counts of the interface, which are the output's metadata too."""
     from everruns_pipelines.items.rebuild import rebuild
 
     with items_failures():
-        done = rebuild(everruns_postgres, everruns_clickhouse, config.request(), context.log.info)
+        done = rebuild(
+            everruns_items_postgres, everruns_clickhouse, config.request(), context.log.info
+        )
     context.add_output_metadata(as_metadata(done))
     return done.counts()
 

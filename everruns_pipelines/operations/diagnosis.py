@@ -3,28 +3,53 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from psycopg.rows import class_row
 from pydantic_core import to_jsonable_python
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
-from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.databases.postgres import (
+    Connection,
+    ItemsPostgresDatabase,
+    PostgresDatabase,
+)
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.items.rebuild import rebuild_day
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.reporting.reconcile import compare_day, stage_days
 from everruns_pipelines.reporting.watch import find_due
+from everruns_pipelines.settings import Part, Settings
 
 MOST_DAYS = 366
 _FAILURES_SHOWN = 10
 ITEMS = "items"
 
 Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Databases:
+    """Where to look. Nothing is asked of the databases of a part that is off."""
+
+    reporting: PostgresDatabase
+    items: ItemsPostgresDatabase
+    clickhouse: ClickHouseDatabase
+    parts: Sequence[Part]
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Those that the settings name."""
+        return cls(
+            PostgresDatabase(settings),
+            ItemsPostgresDatabase(settings),
+            ClickHouseDatabase(settings),
+            settings.parts,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,7 @@ class Diagnosis:
     """Everything that was found.
 
     Args:
+        parts: the parts that are on. Of a part that is off there is neither a row nor a day.
         oldest_due: since when the oldest row of the outbox is due; None if nothing is.
         failures: the newest failed and parked rows.
         lag_seconds: by fact, how long the oldest source that is queued for it has been waiting.
@@ -82,6 +108,7 @@ class Diagnosis:
     """
 
     at: datetime
+    parts: Sequence[Part]
     outbox: Sequence[Queued]
     oldest_due: datetime | None
     failures: Sequence[Failed]
@@ -102,9 +129,7 @@ class Diagnosis:
         return sum(getattr(day, what) for day in self.days if day.table in tables)
 
 
-def diagnose(
-    postgres: PostgresDatabase, clickhouse: ClickHouseDatabase, days: int, log: Log
-) -> Diagnosis:
+def diagnose(databases: Databases, days: int, log: Log) -> Diagnosis:
     """Look at the outbox, and compare the last `days` days, the running one included.
 
     Raises:
@@ -120,27 +145,35 @@ def diagnose(
     now = datetime.now(UTC)
     last = now.date()
     first = last - timedelta(days=days - 1)
-    unknown: list[str] = []
+    diagnosis = Diagnosis(now, databases.parts, [], None, [], {}, [], [])
+    if "reporting" in databases.parts:
+        diagnosis = _look_at_reporting(diagnosis, databases.reporting, first, last, log)
+    if "items" in databases.parts:
+        unknown: list[str] = []
+        items = list(_items(databases, first, last, log, unknown))
+        diagnosis = replace(diagnosis, days=[*diagnosis.days, *items], unknown=unknown)
+    return diagnosis
+
+
+def _look_at_reporting(
+    diagnosis: Diagnosis, postgres: PostgresDatabase, first: date, last: date, log: Log
+) -> Diagnosis:
     with postgres.connect() as connection:
         prepare(connection)
         log("Looking at the outbox")
         outbox = _outbox(connection)
         waiting = _waiting(connection)
-        compared = list(_facts(connection, first, last, log))
-        diagnosis = Diagnosis(
-            at=now,
+        return replace(
+            diagnosis,
             outbox=outbox,
+            days=list(_facts(connection, first, last, log)),
             oldest_due=find_due(connection).oldest,
             failures=_failures(connection),
             lag_seconds={
                 fact.table: max(waiting.get(source.type, 0.0) for source in fact.sources)
                 for fact in FACTS
             },
-            days=compared,
-            unknown=unknown,
         )
-    compared += _items(postgres, clickhouse, first, last, log, unknown)
-    return diagnosis
 
 
 def _outbox(connection: Connection) -> list[Queued]:
@@ -194,20 +227,19 @@ def _facts(connection: Connection, first: date, last: date, log: Log) -> Iterato
 
 
 def _items(
-    postgres: PostgresDatabase,
-    clickhouse: ClickHouseDatabase,
+    databases: Databases,
     first: date,
     last: date,
     log: Log,
     unknown: list[str],
 ) -> Iterator[Day]:
-    if not clickhouse.is_there():
+    if not databases.clickhouse.is_there():
         unknown.append("items: no spans are stored yet")
         return
     for day in _days(first, last):
         log(f"Comparing items with their spans, {day}")
         try:
-            would = rebuild_day(postgres, clickhouse, day, log, dry_run=True)
+            would = rebuild_day(databases.items, databases.clickhouse, day, log, dry_run=True)
         except (Refusal, ClickHouseFailure) as failure:
             unknown.append(f"items: {failure}")
             return

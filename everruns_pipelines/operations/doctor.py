@@ -1,6 +1,6 @@
 """Whether everything is in place: each question answered by ok, or by what to do. Reads only."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psycopg
@@ -11,13 +11,13 @@ from everruns_pipelines.databases.clickhouse import (
     ClickHouseDatabase,
     ClickHouseFailure,
 )
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items import rebuild
+from everruns_pipelines.items import database as items_database
 from everruns_pipelines.items.objects import ObjectStore
-from everruns_pipelines.items.reading import SpanTable
+from everruns_pipelines.items.span_table import SpanTable
 from everruns_pipelines.reporting import database
-from everruns_pipelines.settings import Settings
+from everruns_pipelines.settings import Part, Settings
 
 _SPAN_INDEXES = {
     "TraceId": "finds the spans of a trace",
@@ -44,13 +44,16 @@ def examine(settings: Settings) -> Iterator[Finding]:
     Yields:
         The answers, each as soon as it is known.
     """
-    yield Finding("settings", True, "every variable that is set is right")
-    postgres = _answer("PostgreSQL", _postgres, settings)
-    yield postgres
-    for name, question in (_OF_POSTGRES if postgres.ok else {}).items():
-        yield _answer(name, question, settings)
-    for name, question in _OF_THE_REST.items():
-        yield _answer(name, question, settings)
+    on = " and ".join(settings.parts)
+    yield Finding("settings", True, f"every variable that is set is right; {on} on")
+    for part in settings.parts:
+        server, of_server, of_the_rest = _QUESTIONS[part]
+        first = _answer(f"PostgreSQL of {part}", server, settings)
+        yield first
+        questions = {**of_server, **of_the_rest} if first.ok else of_the_rest
+        for name, question in questions.items():
+            yield _answer(name, question, settings)
+    yield _answer("Dagster's storage", _dagster_storage, settings)
 
 
 def _answer(name: str, question: Callable[[Settings], str], settings: Settings) -> Finding:
@@ -66,9 +69,17 @@ def _answer(name: str, question: Callable[[Settings], str], settings: Settings) 
         return Finding(name, False, error.diag.message_primary or type(error).__name__)
 
 
-def _postgres(settings: Settings) -> str:
-    kind = "embedded" if settings.postgres_url is None else "configured"
-    with PostgresDatabase(settings).connect() as connection:
+def _reporting_server(settings: Settings) -> str:
+    return _server(PostgresDatabase(settings))
+
+
+def _items_server(settings: Settings) -> str:
+    return _server(ItemsPostgresDatabase(settings))
+
+
+def _server(postgres: PostgresDatabase) -> str:
+    kind = "embedded" if postgres.configured is None else f"of {postgres.variable}"
+    with postgres.connect() as connection:
         version = connection.info.server_version
         user, database_name = connection.info.user, connection.info.dbname
     return f"{kind}, version {version // 10_000}.{version % 10_000}, {user} in {database_name}"
@@ -81,16 +92,24 @@ def _reporting_tables(settings: Settings) -> str:
 
 
 def _item_tables(settings: Settings) -> str:
-    with PostgresDatabase(settings).connect() as connection:
-        rebuild.check_platform(connection)
+    with ItemsPostgresDatabase(settings).connect() as connection:
+        items_database.check_platform(connection)
     return "every table that items need"
 
 
-def _own_schema(settings: Settings) -> str:
-    with PostgresDatabase(settings).connect() as connection:
-        if not _exists(connection, "everruns_pipelines.fact_rejections"):
-            raise _Todo("the schema everruns_pipelines is missing: run `everruns-pipelines init`")
-    return "the schema everruns_pipelines is there"
+def _reporting_schema(settings: Settings) -> str:
+    return _own_schema(PostgresDatabase(settings), "everruns_pipelines.fact_rejections")
+
+
+def _items_schema(settings: Settings) -> str:
+    return _own_schema(ItemsPostgresDatabase(settings), "everruns_pipelines.item_rejections")
+
+
+def _own_schema(postgres: PostgresDatabase, table: str) -> str:
+    with postgres.connect() as connection:
+        if not _exists(connection, table):
+            raise _Todo(f"the table {table} is missing: run `everruns-pipelines init`")
+    return "what is ours in the schema everruns_pipelines is there"
 
 
 def _event_index(settings: Settings) -> str:
@@ -172,14 +191,21 @@ def _exists(connection: psycopg.Connection, relation: str) -> bool:
     )
 
 
-_OF_POSTGRES = {
-    "reporting's tables": _reporting_tables,
-    "items' tables": _item_tables,
-    "our own schema": _own_schema,
-    "index on events": _event_index,
-}
-_OF_THE_REST = {
-    "Dagster's storage": _dagster_storage,
-    "spans": _spans,
-    "object store": _object_store,
+_Questions = Mapping[str, Callable[[Settings], str]]
+# By part: its PostgreSQL, what is asked of that one if it answers, and the rest.
+_QUESTIONS: Mapping[Part, tuple[Callable[[Settings], str], _Questions, _Questions]] = {
+    "reporting": (
+        _reporting_server,
+        {
+            "reporting's tables": _reporting_tables,
+            "our own tables for reporting": _reporting_schema,
+            "index on events": _event_index,
+        },
+        {},
+    ),
+    "items": (
+        _items_server,
+        {"items' tables": _item_tables, "our own tables for items": _items_schema},
+        {"spans": _spans, "object store": _object_store},
+    ),
 }

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.settings import Part, Settings
 
 if TYPE_CHECKING:
     from everruns_pipelines.operations.diagnosis import Diagnosis
@@ -24,11 +25,13 @@ _DAYS = 7
 _HISTORY = 200
 _ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
+_TABLES: Mapping[Part, Sequence[str]] = {"reporting": _FACTS, "items": (_ITEMS,)}
 _WRONG = ("missing", "stale", "orphaned")
 _LINES = (
     ("lag_seconds", "Lag in seconds", "#3455db"),
     ("backlog", "Backlog in rows", "#b25d12"),
     ("facts_missing", "Missing facts", "#ad1f1f"),
+    ("items_missing", "Missing items", "#7a3db8"),
 )
 _DAYS_SCHEMA = dg.TableSchema(
     [
@@ -43,46 +46,54 @@ _DAYS_SCHEMA = dg.TableSchema(
 )
 
 
-@dg.asset(
-    group_name="operations",
-    description="How the derived data fares: the backlog and lag of the outbox, and what is "
-    f"missing, stale or orphaned in the last {_DAYS} days of every table. "
-    "`everruns-pipelines diagnose` tells the same in a terminal.",
-    kinds={"postgres"},
-    owners=["team:everruns"],
-    deps=[*_FACTS, _ITEMS],
-    pool="postgres",
-    freshness_policy=dg.FreshnessPolicy.time_window(
-        fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
-    ),
-    code_version="1",
-)
-def pipeline_health(
-    context: dg.AssetExecutionContext,
-    everruns_postgres: dg.ResourceParam[PostgresDatabase],
-    everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
-) -> None:
-    """Measure, and draw the measurements made so far."""
-    from everruns_pipelines.operations.diagnosis import diagnose
+def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
+    """The asset, for the parts that are on."""
 
-    with told_plainly(Refusal.as_problem_details):
-        diagnosis = diagnose(everruns_postgres, everruns_clickhouse, _DAYS, context.log.info)
-    numbers = _numbers(diagnosis)
-    times, lines = _history(context, diagnosis, numbers)
-    context.add_asset_metadata(
-        {
-            "over time": dg.MetadataValue.md(as_markdown(times, lines)),
-            **numbers,
-            "days": _days_table(diagnosis),
-            "failures": dg.MetadataValue.json(diagnosis.as_json()["failures"]),
-            "unknown": dg.MetadataValue.json(list(diagnosis.unknown)),
-        }
+    @dg.asset(
+        group_name="operations",
+        description="How the derived data fares: the backlog and lag of the outbox, and what is "
+        f"missing, stale or orphaned in the last {_DAYS} days of every table. "
+        "`everruns-pipelines diagnose` tells the same in a terminal.",
+        kinds={"postgres"},
+        owners=["team:everruns"],
+        deps=[table for part in settings.parts for table in _TABLES[part]],
+        pool="postgres",
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
+        ),
+        code_version="1",
     )
+    def pipeline_health(
+        context: dg.AssetExecutionContext,
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
+        everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
+    ) -> None:
+        from everruns_pipelines.operations.diagnosis import Databases, diagnose
+
+        databases = Databases(
+            everruns_postgres, everruns_items_postgres, everruns_clickhouse, settings.parts
+        )
+        with told_plainly(Refusal.as_problem_details):
+            diagnosis = diagnose(databases, _DAYS, context.log.info)
+        numbers = _numbers(diagnosis)
+        times, lines = _history(context, diagnosis, numbers)
+        context.add_asset_metadata(
+            {
+                "over time": dg.MetadataValue.md(as_markdown(times, lines)),
+                **numbers,
+                "days": _days_table(diagnosis),
+                "failures": dg.MetadataValue.json(diagnosis.as_json()["failures"]),
+                "unknown": dg.MetadataValue.json(list(diagnosis.unknown)),
+            }
+        )
+
+    return pipeline_health
 
 
 measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "measure_health",
-    selection=[pipeline_health],
+    selection=["pipeline_health"],
     description="Materialize pipeline_health.",
     executor_def=dg.in_process_executor,
 )
@@ -97,15 +108,19 @@ health_schedule = dg.ScheduleDefinition(
 
 
 def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:
-    return {
-        "backlog": diagnosis.rows("pending") + diagnosis.rows("processing"),
-        "failed": diagnosis.rows("failed"),
-        "parked": diagnosis.rows("parked"),
-        "lag_seconds": max(diagnosis.lag_seconds.values()),
-        **{f"lag_seconds/{fact}": lag for fact, lag in diagnosis.lag_seconds.items()},
-        **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
-        **{f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")},
-    }
+    numbers: dict[str, int | float] = {}
+    if "reporting" in diagnosis.parts:
+        numbers |= {
+            "backlog": diagnosis.rows("pending") + diagnosis.rows("processing"),
+            "failed": diagnosis.rows("failed"),
+            "parked": diagnosis.rows("parked"),
+            "lag_seconds": max(diagnosis.lag_seconds.values()),
+            **{f"lag_seconds/{fact}": lag for fact, lag in diagnosis.lag_seconds.items()},
+            **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
+        }
+    if "items" in diagnosis.parts:
+        numbers |= {f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")}
+    return numbers
 
 
 def _history(
@@ -122,6 +137,7 @@ def _history(
     return [*times, diagnosis.at], [
         Line(title, color, [*(_number(one, name) for one in measured), numbers[name]])
         for name, title, color in _LINES
+        if name in numbers
     ]
 
 

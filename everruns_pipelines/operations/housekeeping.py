@@ -71,18 +71,24 @@ def _purge_runs(instance: dg.DagsterInstance, before: datetime) -> int:
     return removed
 
 
-@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
-def housekeeping() -> None:
-    """Remove old completed outbox rows, and old run records that hold no materialization."""
-    purge_outbox()
-    purge_runs()
+def housekeeping(settings: Settings) -> dg.JobDefinition:
+    """The job, for the parts that are on: the outbox is reporting's."""
+
+    @dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
+    def housekeeping() -> None:
+        """Remove old completed outbox rows, and old run records that hold no materialization."""
+        if "reporting" in settings.parts:
+            purge_outbox()
+        purge_runs()
+
+    return housekeeping
 
 
 def housekeeping_schedule(settings: Settings) -> dg.ScheduleDefinition:
     """Daily, when there is little else to do."""
     return dg.ScheduleDefinition(
         name="daily_housekeeping",
-        job=housekeeping,
+        job_name="housekeeping",
         cron_schedule=cron(settings.purge_at),
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description=f"Removes completed outbox rows after {settings.outbox_keep_days} days and "

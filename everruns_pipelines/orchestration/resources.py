@@ -11,7 +11,7 @@ import dagster as dg
 from pydantic import Field, SecretStr
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.settings import Settings
 
 # The UI shows asterisks.
@@ -19,7 +19,7 @@ _SECRET: Any = {"dagster__is_secret": True}
 
 
 class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
-    """PostgreSQL with the platform's tables, the outbox, the facts and the items."""
+    """PostgreSQL with the platform's tables, the outbox and the facts."""
 
     postgres_url: str | None = Field(
         None,
@@ -46,6 +46,31 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
     def create_resource(self, context: dg.InitResourceContext) -> PostgresDatabase:  # noqa: ARG002
         """What an op works with."""
         return PostgresDatabase(_settings(self))
+
+
+class ItemsPostgresResource(dg.ConfigurableResource[ItemsPostgresDatabase]):
+    """PostgreSQL with the items."""
+
+    items_postgres_url: str | None = Field(
+        None,
+        description="EVERRUNS_ITEMS_POSTGRES_URL; null for the database of `postgres_url`.",
+        json_schema_extra=_SECRET,
+    )
+    postgres_url: str | None = Field(
+        None,
+        description="EVERRUNS_POSTGRES_URL; null for the embedded server.",
+        json_schema_extra=_SECRET,
+    )
+    home: str = Field(description="EVERRUNS_HOME: where the embedded server lives.")
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The resource that the settings describe."""
+        return cls(**_shown(settings, cls.model_fields))
+
+    def create_resource(self, context: dg.InitResourceContext) -> ItemsPostgresDatabase:  # noqa: ARG002
+        """What an op works with."""
+        return ItemsPostgresDatabase(_settings(self))
 
 
 class ClickHouseResource(dg.ConfigurableResource[ClickHouseDatabase]):
@@ -76,6 +101,7 @@ def resources(settings: Settings) -> dict[str, Any]:
     """Every resource of ours, by its key."""
     return {
         "everruns_postgres": PostgresResource.of(settings),
+        "everruns_items_postgres": ItemsPostgresResource.of(settings),
         "everruns_clickhouse": ClickHouseResource.of(settings),
         # Between the ops of a run nothing needs to be kept on disk.
         "everruns_io_manager": dg.mem_io_manager,

@@ -3,12 +3,11 @@
 The platform's tables are the user's. What is our own stands in `schema.sql`, and is made on demand.
 """
 
-from collections.abc import Iterable
-
 from psycopg import sql
 
 from everruns_pipelines.databases import own_schema
 from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.privileges import Privilege, owning, reading, require
 from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import FACTS
@@ -51,6 +50,12 @@ def needed_columns() -> dict[str, list[str]]:
     return needed
 
 
+def needed_privileges() -> list[Privilege]:
+    """What a role needs on the platform's tables: facts and outbox whole, of the rest columns."""
+    read = {table: names for table, names in needed_columns().items() if table not in _WRITTEN}
+    return [*reading(read), *owning(_WRITTEN)]
+
+
 def prepare(connection: Connection) -> None:
     """Check that the database is one that we can work on, and make what is ours.
 
@@ -59,7 +64,7 @@ def prepare(connection: Connection) -> None:
     """
     check_platform(connection)
     ensure_schema(connection)
-    _refuse_privileges(connection, _OWN_TABLES, _OWN_TABLES)
+    require(connection, owning(_OWN_TABLES))
 
 
 def check_platform(connection: Connection) -> None:
@@ -76,12 +81,20 @@ def check_platform(connection: Connection) -> None:
             code="incompatible_schema",
             status=503,
         )
+    missing = _missing_columns(connection)
+    if set(missing) == {f"table {table}" for table in needed_columns()}:
+        raise Refusal(
+            "The database has no table of reporting: EVERRUNS_POSTGRES_URL must name the one that "
+            "has them, or EVERRUNS_PARTS=items leaves reporting out",
+            code="incompatible_schema",
+            status=503,
+        )
     _refuse_if(
-        _missing_columns(connection),
+        missing,
         "The database lacks {}: it must be the platform's, with all migrations applied",
         "incompatible_schema",
     )
-    _refuse_privileges(connection, needed_columns(), _WRITTEN)
+    require(connection, needed_privileges())
 
 
 def require_org(connection: Connection, org_id: int) -> None:
@@ -144,19 +157,3 @@ def _missing_columns(connection: Connection) -> list[str]:
         else:
             missing += [f"column {table}.{c}" for c in columns if c not in present[table]]
     return missing
-
-
-def _refuse_privileges(connection: Connection, read: Iterable[str], written: Iterable[str]) -> None:
-    wanted = [(table, "SELECT") for table in read]
-    wanted += [(table, right) for table in written for right in ("INSERT", "UPDATE", "DELETE")]
-    rows = connection.execute(
-        "SELECT privilege, wanted_table FROM unnest(%s::text[], %s::text[])"
-        " AS wanted (wanted_table, privilege)"
-        " WHERE NOT has_table_privilege(wanted_table, privilege)"
-        # Selections, batches and days are temporary tables.
-        " UNION ALL SELECT 'TEMPORARY', 'database ' || current_database()"
-        " WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')",
-        [[table for table, _ in wanted], [right for _, right in wanted]],
-    )
-    lacking = [f"{right} on {table}" for right, table in rows]
-    _refuse_if(lacking, "The database role lacks {}", "permission_denied")

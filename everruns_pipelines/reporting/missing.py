@@ -11,7 +11,7 @@ from psycopg import sql
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
 from everruns_pipelines.reporting.keys import declared_hashes, differs, hash_of, seed, sliced_facts
-from everruns_pipelines.reporting.query import EVERYTHING, expected_rows, selected_rows
+from everruns_pipelines.reporting.query import EVERYTHING, columns_of, expected_rows, selected_rows
 from everruns_pipelines.reporting.slices import (
     CHOSEN,
     choose_sessions,
@@ -150,6 +150,7 @@ def _explanations() -> sql.Composed:
     They are likely to be what is missing; it is still to be looked up.
     """
     return sql.SQL(_EXPLANATIONS).format(
+        columns=columns_of(EVENT),
         slices=chosen_slices(),
         explains=sql.SQL(" OR ").join(
             sql.SQL("{0} <> 0 AND {0} = {1}").format(sql.Identifier("slice", fact.table), key)
@@ -230,7 +231,7 @@ WHERE NOT EXISTS (SELECT FROM {fact} AS fact WHERE {same})
 """
 
 _EXPLANATIONS = """
-SELECT source.*
+SELECT {columns}
 FROM sessions AS session
 {slices}
 JOIN events AS source ON source.session_id = session.id

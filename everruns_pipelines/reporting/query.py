@@ -6,6 +6,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
 # Sources staged by `projector.stage`, part by part.
 STAGED = sql.SQL(
@@ -19,8 +20,9 @@ EVERYTHING = sql.SQL("")
 def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL) -> sql.Composed:
     """Rows of the source table in the selection, each with its `org_id`."""
     org_id = sql.SQL("session.org_id" if source.org_from_session else "source.org_id")
+    columns = columns_of(source)
     return sql.SQL("SELECT {columns} FROM {table} AS source {session} {selection} {where}").format(
-        columns=sql.SQL("session.org_id, source.*" if source.org_from_session else "source.*"),
+        columns=sql.SQL("{}, {}").format(org_id, columns) if source.org_from_session else columns,
         table=sql.Identifier(source.table),
         session=sql.SQL(
             "JOIN sessions AS session ON session.id = source.session_id"
@@ -33,6 +35,13 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
             of_types=_of_types("AND selection.event_type", event_types),
         ),
         where=_of_types("WHERE source.event_type", event_types),
+    )
+
+
+def columns_of(source: Source) -> sql.Composed:
+    """The columns that are read of a source, and no others: the role may not see more."""
+    return sql.SQL(", ").join(
+        sql.Identifier("source", column.name) for column in SOURCE_COLUMNS[source.table]
     )
 
 

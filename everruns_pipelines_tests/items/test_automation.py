@@ -40,7 +40,7 @@ def tick(
     with dg.build_sensor_context(
         cursor=cursor,
         resources={
-            "everruns_postgres": world.postgres,
+            "everruns_items_postgres": world.postgres,
             "everruns_clickhouse": clickhouse or world.clickhouse,
         },
     ) as context:

@@ -34,7 +34,7 @@ def definitions(world: World) -> dg.Definitions:
             _define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
         ],
         resources={
-            "everruns_postgres": world.postgres,
+            "everruns_items_postgres": world.postgres,
             "everruns_clickhouse": world.clickhouse,
             "everruns_io_manager": dg.mem_io_manager,
         },

@@ -16,11 +16,12 @@ from everruns_pipelines.commands import main
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
-from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items.rebuild import ensure_schema
 from everruns_pipelines.operations.chart import Line, as_markdown
-from everruns_pipelines.operations.diagnosis import Diagnosis, diagnose
+from everruns_pipelines.operations.diagnosis import Databases, Diagnosis, diagnose
 from everruns_pipelines.operations.doctor import Finding, examine
 from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.drain import drain
@@ -38,7 +39,7 @@ def sample(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Connectio
 
 
 def look(settings: Settings) -> Diagnosis:
-    return diagnose(PostgresDatabase(settings), ClickHouseDatabase(settings), 2, lambda _: None)
+    return diagnose(Databases.of(settings), 2, lambda _: None)
 
 
 def findings(settings: Settings) -> dict[str, Finding]:
@@ -133,7 +134,7 @@ def test_a_row_of_any_time_hides_nothing_from_the_diagnosis(
 @pytest.mark.parametrize("days", [0, 367])
 def test_a_number_of_days_out_of_range_is_refused(settings: Settings, days: int) -> None:
     with pytest.raises(Refusal, match="from 1 to 366"):
-        diagnose(PostgresDatabase(settings), ClickHouseDatabase(settings), days, lambda _: None)
+        diagnose(Databases.of(settings), days, lambda _: None)
 
 
 def test_the_command_prints_tables_or_one_json_object(
@@ -167,7 +168,7 @@ def test_health_is_measured_and_drawn_over_time(
     assert metadata["backlog"].value == 0
     assert metadata["facts_missing"].value > 0
     assert len(metadata["days"].records) == 7 * 6
-    assert _svg(metadata["over time"].value).count("<polyline") == 3
+    assert _svg(metadata["over time"].value).count("<polyline") == 4
 
 
 def test_a_chart_is_a_picture_of_its_numbers() -> None:
@@ -190,12 +191,13 @@ def test_the_doctor_finds_nothing_wrong_with_the_embedded_servers(
     settings: Settings, sample: Connection
 ) -> None:
     database.create_indexes(sample)
+    ensure_schema(sample)
     assert {finding.name for finding in examine(settings) if not finding.ok} == set()
 
 
 def test_the_doctor_says_what_to_do(settings: Settings, connection: Connection) -> None:
     found = findings(settings)
-    assert "everruns-pipelines init`" in found["our own schema"].text
+    assert "everruns-pipelines init`" in found["our own tables for reporting"].text
     assert "init --indexes" in found["index on events"].text
     connection.execute("ALTER TABLE sessions DROP COLUMN blueprint_id CASCADE")
     connection.execute("DROP TABLE item_links")
@@ -216,7 +218,7 @@ def test_the_doctor_looks_on_while_a_server_is_away(tmp_path: Path) -> None:
     )
     found = findings(settings)
     wrong = {name for name, finding in found.items() if not finding.ok}
-    assert wrong == {"PostgreSQL", "Dagster's storage", "spans"}
+    assert wrong == {"PostgreSQL of reporting", "PostgreSQL of items", "Dagster's storage", "spans"}
     assert "secret" not in "".join(finding.text for finding in found.values())
 
 
