@@ -215,11 +215,12 @@ def test_a_server_that_freezes_costs_no_more_than_the_time_allowed(
 ) -> None:
     def ask() -> None:
         with postgres.connect(within=1) as own:
-            os.kill(own.info.backend_pid, signal.SIGSTOP)
+            server = own.info.backend_pid
+            os.kill(server, signal.SIGSTOP)
             try:
                 own.execute("SELECT 1")
             finally:
-                os.kill(own.info.backend_pid, signal.SIGCONT)
+                os.kill(server, signal.SIGCONT)
 
     began = monotonic()
     with pytest.raises(Refusal, match="PostgreSQL has not answered within 1 s"):
