@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any, LiteralString, TypeAlias, TypeVar
 
 from pydantic import SecretStr
 
+from everruns_pipelines.databases.poolers import (
+    is_pooled,
+    pooler_refused,
+    refuse_shared_sessions,
+)
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
@@ -24,20 +29,30 @@ _T = TypeVar("_T")
 Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
 # What our statements and psycopg rely on, whatever the server's, the database's or the role's
-# defaults. JIT compiles for a second what runs in a tenth.
-_SESSION_OPTIONS = (
-    "-c timezone=UTC -c datestyle=ISO -c default_transaction_isolation=read\\ committed -c jit=off"
-)
+# defaults. Set by statement: a pooler drops the options of a connection, or refuses them. JIT
+# compiles for a second what runs in a tenth.
+_SESSION = {
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "default_transaction_isolation": "read committed",
+    "jit": "off",
+}
+# What the driver must have been told of them: it reads times and texts by it.
+_TOLD = {"TimeZone": "UTC", "DateStyle": "ISO", "client_encoding": "UTF8"}
 # In seconds. Nothing of ours holds a lock for as long without working, and nothing waits longer.
 LOCK_SECONDS = 120
-_IDLE_SECONDS = 60
-# What may be overruled by the URL. A server frees what the process of a dead client held within two
-# seconds, and what a machine held that has gone from the network within thirty.
-_BOUNDS = (
-    f"-c lock_timeout={LOCK_SECONDS}s -c idle_in_transaction_session_timeout={_IDLE_SECONDS}s"
-    " -c client_connection_check_interval=2s -c tcp_user_timeout=30s"
-    " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
-)
+# What holds unless the URL, the role or the database says otherwise. A server frees what the
+# process of a dead client held within two seconds, and what a machine held that has gone from the
+# network within thirty.
+_BOUNDS = {
+    "lock_timeout": f"{LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": "60s",
+    "client_connection_check_interval": "2s",
+    "tcp_user_timeout": "30s",
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
 _CONNECT_SECONDS = 10
 _CANCEL_SECONDS = 3
 _TRIES = 5
@@ -105,26 +120,37 @@ class ItemsPostgresDatabase(PostgresDatabase):
 
 @contextmanager
 def _connected(url: str, variable: str, within: float | None) -> Generator[Connection]:
+    with (
+        _opened(url, variable, within) as connection,
+        _cancelled_when_left(connection),
+        _cut_after(connection, within),
+    ):
+        if is_pooled(connection):
+            refuse_shared_sessions(connection, lambda: _opened(url, variable, within))
+        _set_session(connection, within)
+        yield connection
+
+
+def _opened(url: str, variable: str, within: float | None) -> Connection:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
 
     given = conninfo_to_dict(url)
-    bounds = _BOUNDS
     connect_timeout = given.get("connect_timeout", _CONNECT_SECONDS)
     if within is not None:
-        bounds += f" -c statement_timeout={round(within * 1000)}"
         hosts = 1 + str(given.get("host", "")).count(",")
         connect_timeout = max(1, int(within / 2 / hosts))
     try:
-        connection = psycopg.connect(
+        return psycopg.connect(
             url,
             autocommit=True,
             prepare_threshold=None,  # a plan kept for all values suits none of our selections
             connect_timeout=connect_timeout,
             application_name="everruns_pipelines",
-            client_encoding="utf8",
-            # Of two, the last one holds.
-            options=f"{bounds} {given.get('options', '')} {_SESSION_OPTIONS}",
+            client_encoding="UTF8",
+            # Of several hosts the primary, whichever it is just now. Reading takes it too: what is
+            # read is staged in temporary tables, which a replica refuses.
+            target_session_attrs=given.get("target_session_attrs", "read-write"),
             # A server that has gone from the network is noticed from our side, too.
             keepalives_idle=given.get("keepalives_idle", 15),
             keepalives_interval=given.get("keepalives_interval", 5),
@@ -137,12 +163,28 @@ def _connected(url: str, variable: str, within: float | None) -> Generator[Conne
         told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
         raise Refusal(
             f"PostgreSQL cannot be used: {told}. "
-            f"{variable} must name a running server and an existing database",
+            f"{variable} must name a running primary and an existing database",
             code="unavailable",
             status=503,
         ) from None
-    with connection, _cancelled_when_left(connection), _cut_after(connection, within):
-        yield connection
+
+
+def _set_session(connection: Connection, within: float | None) -> None:
+    """Set what we rely on, and refuse a connection on which it does not hold."""
+    from psycopg.types.json import Json
+
+    relied_on = _SESSION if within is None else {**_SESSION, "statement_timeout": f"{within:g}s"}
+    connection.execute(
+        "SELECT set_config(key, value, false) FROM json_each_text(%s)"
+        " UNION ALL"
+        " SELECT set_config(key, value, false) FROM json_each_text(%s)"
+        " JOIN pg_settings ON name = key AND source IN ('default', 'configuration file')",
+        [Json(relied_on), Json(_BOUNDS)],
+    )
+    for name, expected in _TOLD.items():
+        told = connection.info.parameter_status(name)
+        if told is None or not told.startswith(expected):
+            raise pooler_refused(f"it keeps {name} at {told}")
 
 
 @contextmanager
