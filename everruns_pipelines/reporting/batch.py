@@ -78,6 +78,7 @@ class Batches:
         self._largest = largest
         self._stop = stop
         self._awaits_sessions = False
+        self._number = 0
         self.size = min(largest, _FIRST)
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
@@ -99,6 +100,11 @@ class Batches:
                 continue
             if drained is not None:
                 self._adapt(drained.claimed, time.monotonic() - started)
+            self._number += 1
+            if self._number.bit_count() == 1:
+                # A plan for a table holds until the table is twice as large: by then, at the
+                # latest, there have been twice as many batches.
+                self._connection.execute("DISCARD PLANS")
             return drained
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
