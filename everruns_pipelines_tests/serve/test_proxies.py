@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_no_websocket_without_a_login(proxy: tuple[str, Served]) -> None:
     for value in (None, "Bearer evr_x", f"Bearer {served.tokens['reporter']}"):
         with pytest.raises(InvalidStatus, match=r"401|403"):
             websocket(url, {} if value is None else {"Authorization": value})
-    basic = requests.auth._basic_auth_str(*LOGIN)
+    basic = "Basic " + b64encode(":".join(LOGIN).encode()).decode()
     websocket(url, {"Authorization": basic, "Origin": url})
     with pytest.raises(InvalidStatus, match="403"):
         websocket(url, {"Authorization": basic, "Origin": "https://evil.example"})
