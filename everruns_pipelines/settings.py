@@ -233,6 +233,11 @@ class Settings(BaseModel):
             else json.loads(self.graphql_headers.get_secret_value())
         )
 
+    # No variables: `component` sets them in a project of others. What keys of assets begin with;
+    # whether Dagster's run records are others', and not ours to remove.
+    asset_prefix: tuple[str, ...] = ()
+    is_guest: bool = False
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Read the variables. An empty one counts as unset.
@@ -241,7 +246,7 @@ class Settings(BaseModel):
             SettingsError: a variable is set but wrong; names it and what is expected, and never
                 repeats its value, which may hold a password.
         """
-        fields = {str(field.alias): field for field in cls.model_fields.values()}
+        fields = {field.alias: field for field in cls.model_fields.values() if field.alias}
         given = {name: environment[name] for name in fields if environment.get(name)}
         try:
             return cls.model_validate(given)

@@ -17,6 +17,7 @@ import dagster as dg
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
@@ -89,7 +90,7 @@ class ItemAssets:
 def span_table(settings: Settings) -> dg.AssetSpec:
     """The span table that items are made from: shown in the lineage, never written."""
     return dg.AssetSpec(
-        SPANS,
+        asset_key(settings, SPANS),
         group_name="platform",
         description=f"The table {settings.spans_table} of the OpenTelemetry Collector's ClickHouse "
         "exporter: read, never written.",
@@ -104,12 +105,12 @@ def item_assets(settings: Settings) -> ItemAssets:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name="items",
+        key=asset_key(settings, "items"),
         group_name="items",
         description=_DESCRIPTION,
         kinds={"postgres", "clickhouse"},
         owners=["team:everruns"],
-        deps=[SPANS],
+        deps=[asset_key(settings, SPANS)],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=_version(),
@@ -149,13 +150,13 @@ def item_assets(settings: Settings) -> ItemAssets:
         specs=[
             dg.AssetCheckSpec(
                 "no_envelope_without_its_item",
-                asset="items",
+                asset=asset_key(settings, "items"),
                 description="Every sound envelope in the day's spans has its row.",
                 partitions_def=partitions,
             ),
             dg.AssetCheckSpec(
                 "no_item_differs_from_its_envelope",
-                asset="items",
+                asset=asset_key(settings, "items"),
                 description="Every row of the day's spans, and its links, are what the span says.",
                 partitions_def=partitions,
             ),
@@ -229,7 +230,6 @@ def _check_result(name: str, what: str, by_day: dict[str, int]) -> dg.AssetCheck
     days = [day for day, count in by_day.items() if count]
     return dg.AssetCheckResult(
         check_name=name,
-        asset_key="items",
         passed=number == 0,
         description=(
             "Every item of the day is right"

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
@@ -45,11 +46,11 @@ class FactConfig(dg.Config):
     )
 
 
-def source_assets() -> list[dg.AssetSpec]:
+def source_assets(settings: Settings) -> list[dg.AssetSpec]:
     """The platform's tables that facts are made from: shown in the lineage, never written."""
     return [
         dg.AssetSpec(
-            source.table,
+            asset_key(settings, source.table),
             group_name="platform",
             description=f"The platform's table {source.table}: read, never written.",
             kinds={"postgres"},
@@ -74,12 +75,12 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name=fact.table,
+        key=asset_key(settings, fact.table),
         group_name="reporting",
         description=fact.description,
         kinds={"postgres", "sql"},
         owners=OWNERS,
-        deps=[source.table for source in fact.sources],
+        deps=[asset_key(settings, source.table) for source in fact.sources],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
@@ -191,7 +192,10 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
         name=f"{fact.table}_checks",
         specs=[
             dg.AssetCheckSpec(
-                name, asset=fact.table, description=description, partitions_def=partitions
+                name,
+                asset=asset_key(settings, fact.table),
+                description=description,
+                partitions_def=partitions,
             )
             for name, description in _CHECKS.items()
         ],

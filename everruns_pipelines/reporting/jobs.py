@@ -12,6 +12,7 @@ from pydantic import Field
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 
@@ -157,7 +158,8 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
     partitions = day_partitions(postgres.settings)
     for (table, day), counts in sorted(drained.outcome.counts.items()):
         if partitions.has_partition_key(day):
-            context.log_event(dg.AssetMaterialization(table, partition=day, metadata=dict(counts)))
+            key = asset_key(postgres.settings, table)
+            context.log_event(dg.AssetMaterialization(key, partition=day, metadata=dict(counts)))
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]

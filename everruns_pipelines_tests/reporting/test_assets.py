@@ -51,7 +51,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             definitions: list[Any] = [
-                *source_assets(),
+                *source_assets(settings),
                 *fact_assets(settings),
                 *fact_checks(settings),
             ]
@@ -184,7 +184,7 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         definitions = dg.Definitions(
-            assets=[*source_assets(), *fact_assets(settings)],
+            assets=[*source_assets(settings), *fact_assets(settings)],
             asset_checks=fact_checks(settings),
             jobs=[
                 dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
