@@ -24,9 +24,10 @@ from rich.table import Table
 
 from everruns_pipelines.databases.clickhouse import ClickHouse, ClickHouseDatabase
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
-from everruns_pipelines.items.reading import Selection, SpanTable
-from everruns_pipelines.items.rebuild import Rebuilt, rebuild
+from everruns_pipelines.items.accounting import Rebuilt
+from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.items.span_table import Selection, SpanTable
 from everruns_pipelines.settings import Settings
 
 SPANS = 5_000_000

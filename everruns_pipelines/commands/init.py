@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """Make the schema of each part that is on, and the indexes if asked to."""
     from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
-    from everruns_pipelines.items.rebuild import ensure_schema
+    from everruns_pipelines.items.database import ensure_schema
     from everruns_pipelines.reporting import database
 
     # All of the recommended indexes are on tables of reporting.

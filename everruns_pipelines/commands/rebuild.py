@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     request.check()
     if options.url is None:
         from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
-        from everruns_pipelines.items.rebuild import check_platform
+        from everruns_pipelines.items.database import check_platform
 
         with ItemsPostgresDatabase(settings).connect() as connection:
             check_platform(connection)

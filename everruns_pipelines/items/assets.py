@@ -24,7 +24,7 @@ from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.items.rebuild import Rebuilt
+    from everruns_pipelines.items.accounting import Rebuilt
 
 SPANS = "otel_traces"
 

@@ -5,6 +5,7 @@ from typing import LiteralString
 from uuid import UUID
 
 from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.errors import FieldError, Refusal
 
 
@@ -101,6 +102,16 @@ def resolve_project(connection: Connection, request: RebuildRequest) -> UUID:
         request.project,
         workspace,
     )
+
+
+def know_projects(connection: Connection, project: UUID | None) -> list[str]:
+    """The names under which spans know a project, or all projects; `staged_projects` keeps them."""
+    connection.execute(
+        "CREATE TEMP TABLE staged_projects"
+        " (name text PRIMARY KEY, project_id uuid NOT NULL, organization_id uuid NOT NULL)"
+    )
+    connection.execute(read_sql("everruns_pipelines.items", "projects.sql"), {"project": project})
+    return [name for (name,) in connection.execute("SELECT name FROM staged_projects")]
 
 
 def _find(

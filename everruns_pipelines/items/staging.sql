@@ -6,13 +6,6 @@ SET temp_buffers = '128MB';
 SET work_mem = '64MB';
 SET enable_memoize = off;
 
--- The names under which spans know the projects in scope.
-CREATE TEMP TABLE staged_projects (
-    name text PRIMARY KEY,
-    project_id uuid NOT NULL,
-    organization_id uuid NOT NULL
-);
-
 -- Filled by COPY from ClickHouse.
 CREATE TEMP TABLE staged_spans (
     id bigint GENERATED ALWAYS AS IDENTITY,

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import LiteralString, cast
 
 from everruns_pipelines.databases.clickhouse import ClickHouse
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.items.rebuild import ensure_schema
+from everruns_pipelines.databases.sql_files import read_sql
+from everruns_pipelines.items.database import ensure_schema
+from everruns_pipelines.items.scope import know_projects
+from everruns_pipelines.items.span_table import SpanTable
 
 # Reported items looked at in one go.
 MOST_REPORTED = 5000
@@ -51,17 +52,7 @@ def find_reported(clickhouse: ClickHouse, table: str, since: int, until: int) ->
         Refusal: there is no such table.
         ClickHouseFailure: ClickHouse cannot be asked.
     """
-    database, _, name = table.rpartition(".")
-    rows = clickhouse.rows(
-        _read("reported.sql"),
-        {
-            "database": database or clickhouse.database,
-            "spans": name,
-            "since": since,
-            "until": until,
-            "most": MOST_REPORTED,
-        },
-    )
+    rows = SpanTable(clickhouse, table).reported(since, until, MOST_REPORTED)
     if len(rows) < MOST_REPORTED:
         return Reported(rows, until, is_cut=False)
     # What ended in the last second may have been cut: the next look begins before it.
@@ -75,14 +66,10 @@ def find_unstored(connection: Connection, reported: Reported) -> list[Unstored]:
         psycopg.Error: the tables cannot be read.
     """
     ensure_schema(connection)
-    connection.execute(
-        "CREATE TEMP TABLE staged_projects"
-        " (name text PRIMARY KEY, project_id uuid NOT NULL, organization_id uuid NOT NULL)"
-    )
-    connection.execute(_read("known_projects.sql"), {"project": None})
+    know_projects(connection, None)
     traces, projects, keys, ended = zip(*reported.rows, strict=True)
     rows = connection.execute(
-        _read("unstored.sql"),
+        read_sql("everruns_pipelines.items", "unstored.sql"),
         {
             "traces": list(traces),
             "projects": list(projects),
@@ -91,8 +78,3 @@ def find_unstored(connection: Connection, reported: Reported) -> list[Unstored]:
         },
     )
     return [Unstored(*row) for row in rows]
-
-
-def _read(name: str) -> LiteralString:
-    # The package's own files are as literal as its source.
-    return cast("LiteralString", (files("everruns_pipelines.items") / name).read_text())

@@ -13,9 +13,9 @@ from everruns_pipelines.databases.clickhouse import (
 )
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items import rebuild
+from everruns_pipelines.items import database as items_database
 from everruns_pipelines.items.objects import ObjectStore
-from everruns_pipelines.items.reading import SpanTable
+from everruns_pipelines.items.span_table import SpanTable
 from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Part, Settings
 
@@ -93,7 +93,7 @@ def _reporting_tables(settings: Settings) -> str:
 
 def _item_tables(settings: Settings) -> str:
     with ItemsPostgresDatabase(settings).connect() as connection:
-        rebuild.check_platform(connection)
+        items_database.check_platform(connection)
     return "every table that items need"
 
 

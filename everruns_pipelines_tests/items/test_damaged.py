@@ -211,7 +211,7 @@ def test_a_dense_text_takes_a_small_multiple_of_its_length(outputs: bytes, objec
 def test_attributes_beyond_all_measure_are_rejected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everruns_pipelines.items.reading.LONGEST_ATTRIBUTES", 10_000)
+    monkeypatch.setattr("everruns_pipelines.items.span_table.LONGEST_ATTRIBUTES", 10_000)
     world.add(
         Span([envelope("large", data={"text": "x" * 10_000})], name="large"),
         Span([envelope("one")], name="ok"),

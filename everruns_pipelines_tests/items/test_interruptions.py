@@ -3,15 +3,17 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
 
+from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items import rebuild
-from everruns_pipelines.items.rebuild import Rebuilt
+from everruns_pipelines.items import linking, merging
+from everruns_pipelines.items.accounting import Rebuilt
+from everruns_pipelines.items.database import ensure_schema
 from everruns_pipelines_tests.items.world import Span, World, envelope, key
 
 _COUNT = 40
@@ -84,15 +86,16 @@ def test_a_dry_run_counts_links_by_the_refs_that_items_would_have(world: World) 
 
 _REBUILD = """
 import sys
-import everruns_pipelines.items.rebuild as module
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.items import batches
+from everruns_pipelines.items.rebuild import rebuild
 from everruns_pipelines.items.scope import RebuildRequest
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.settings import Settings
 
 settings = Settings.from_environment()
-module.BATCH_SIZE = 7
-module.rebuild(
+batches.BATCH_SIZE = 7
+rebuild(
     PostgresDatabase(settings),
     ClickHouseDatabase(settings),
     RebuildRequest("acme", "red", "webapp", sys.argv[1]),
@@ -164,7 +167,7 @@ def _together(*actions: Any) -> Sequence[Rebuilt | Exception]:
 def test_two_rebuilds_of_one_session_at_once_both_succeed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everruns_pipelines.items.rebuild.BATCH_SIZE", 7)
+    monkeypatch.setattr("everruns_pipelines.items.batches.BATCH_SIZE", 7)
     _many(world)
     done = _together(world.rebuild, world.rebuild, world.rebuild_day)
     assert all(isinstance(one, Rebuilt) for one in done)
@@ -196,22 +199,37 @@ class _Log(list[str]):
         self.append = tell
 
 
+def _statements(stage: str) -> Mapping[str, LiteralString]:
+    return read_statements("everruns_pipelines.items", f"{stage}.sql")
+
+
+class _Before(dict[str, Any]):
+    """A stage's statements; something happens before one of them."""
+
+    def __init__(self, statements: Mapping[str, Any], moment: str, happen: Callable[[], None]):
+        super().__init__(statements)
+        self._moment, self._happen = moment, happen
+
+    def __getitem__(self, name: str) -> Any:
+        if name == self._moment:
+            self._happen()
+        return super().__getitem__(name)
+
+
 @pytest.mark.parametrize("column", ["dedupe_key", "ref"])
 def test_a_post_that_comes_between_is_met_again(
     world: World, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     """Between a batch's plan and its insert the platform stores the item, or takes its ref."""
     world.add(Span([envelope("one", ref="web-1"), envelope("two")]))
-    original: Any = getattr(rebuild, "_read")  # noqa: B009, the moment that we need has no name
     posted: list[Any] = []
 
-    def read(name: str) -> Any:
-        if name == "insert.sql" and not posted:
+    def post() -> None:
+        if not posted:
             name_of_it = "one" if column == "dedupe_key" else "another"
             posted.append(world.post(name_of_it, ref="web-1"))
-        return original(name)
 
-    monkeypatch.setattr(rebuild, "_read", read)
+    monkeypatch.setattr(merging, "_SQL", _Before(_statements("merging"), "insert", post))
     done = world.rebuild()
     if column == "dedupe_key":
         assert (done.inserted, done.processed, done.rejected) == (1, 2, 0)
@@ -225,11 +243,11 @@ def test_a_post_that_comes_between_is_met_again(
 @pytest.mark.parametrize(
     ("moment", "change", "links"),
     [
-        ("links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
-        ("links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
-        ("links.sql", "UPDATE items SET ref = NULL WHERE ref = 'target'", 1),
-        ("create_links.sql", "DELETE FROM items WHERE ref = 'source'", 0),
-        ("create_links.sql", "DELETE FROM items WHERE ref = 'target'", 1),
+        ("plan", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("plan", "DELETE FROM items WHERE ref = 'target'", 1),
+        ("plan", "UPDATE items SET ref = NULL WHERE ref = 'target'", 1),
+        ("create", "DELETE FROM items WHERE ref = 'source'", 0),
+        ("create", "DELETE FROM items WHERE ref = 'target'", 1),
     ],
 )
 def test_a_link_whose_end_is_gone_is_unresolved_and_the_rest_goes_on(
@@ -247,15 +265,13 @@ def test_a_link_whose_end_is_gone_is_unresolved_and_the_rest_goes_on(
             ]
         )
     )
-    original: Any = getattr(rebuild, "_read")  # noqa: B009, the moment that we need has no name
     changes = [change]
 
-    def read(name: str) -> Any:
-        if name == moment and changes:
+    def happen() -> None:
+        if changes:
             world.connection.execute(changes.pop().encode())
-        return original(name)
 
-    monkeypatch.setattr(rebuild, "_read", read)
+    monkeypatch.setattr(linking, "_SQL", _Before(_statements("linking"), moment, happen))
     done = world.rebuild()
     assert (done.processed, done.links_created, done.links_unresolved) == (3, links + 1, 2 - links)
     assert len(world.links()) == links + 1
@@ -270,7 +286,7 @@ def test_a_role_that_may_not_make_our_schema_is_told_so(world: World) -> None:
     with psycopg.connect(world.postgres.url, autocommit=True) as connection:
         connection.execute("SET ROLE meek")
         with pytest.raises(Refusal, match="everruns-pipelines init") as raised:
-            rebuild.ensure_schema(connection)
+            ensure_schema(connection)
     world.connection.execute("DROP OWNED BY meek")
     world.connection.execute("DROP ROLE meek")
     assert raised.value.code == "permission_denied"

@@ -10,8 +10,8 @@ from uuid import UUID
 import pytest
 
 from everruns_pipelines.databases.clickhouse import ClickHouse
-from everruns_pipelines.items import reading
-from everruns_pipelines.items.reading import Selection, SpanTable, of_day
+from everruns_pipelines.items import span_table
+from everruns_pipelines.items.span_table import Selection, SpanTable, of_day
 from everruns_pipelines_tests.items.world import (
     DAY,
     OTHER_SESSION,
@@ -57,10 +57,9 @@ def test_a_selection_reads_a_part_of_the_table(world: World) -> None:
 
 
 def test_servers_of_some_years_ago_know_every_function_we_ask_for(world: World) -> None:
-    module = Path(reading.__file__)
-    texts = [module.read_text(), *(path.read_text() for path in module.parent.glob("*.sql"))]
-    ours = [text for text in texts if not text.startswith("-- PostgreSQL")]
-    names = set(re.findall(r"\w+(?=\()", " ".join(ours)))
+    module = Path(span_table.__file__)
+    asked = module.read_text() + module.with_name("spans.sql").read_text()
+    names = set(re.findall(r"\w+(?=\()", asked))
     with world.clickhouse.connect() as clickhouse:
         query = (
             "SELECT name, introduced_in FROM system.functions WHERE name IN {names:Array(String)}"

@@ -13,7 +13,8 @@ from psycopg.types.json import Jsonb, set_json_loads
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
-from everruns_pipelines.items.rebuild import Rebuilt, rebuild, rebuild_day
+from everruns_pipelines.items.accounting import Rebuilt
+from everruns_pipelines.items.rebuild import rebuild, rebuild_day
 from everruns_pipelines.items.scope import RebuildRequest
 
 _SEED = UUID("00000000-0000-4000-8000-000000000000")

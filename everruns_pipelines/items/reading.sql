@@ -1,4 +1,12 @@
--- PostgreSQL: of spans that were delivered more than once one is left, the same one every time.
+-- Spans on their way from ClickHouse into `staged_spans`.
+
+-- name: copy
+COPY staged_spans (
+    trace_id, span_id, run_id, project, ended_ns, whole, state, outputs, objects, complete
+) FROM STDIN
+
+-- name: drop_repeats
+-- Of spans that were delivered more than once one is left, the same one every time.
 DELETE FROM staged_spans USING (
     SELECT
         span.id,
@@ -19,3 +27,9 @@ DELETE FROM staged_spans USING (
     ) AS repeated ON hash = hashtextextended(span_id, hashtextextended(trace_id, 0))
 ) AS delivered
 WHERE staged_spans.id = delivered.id AND delivered.number > 1
+
+-- name: by_project
+SELECT project_id::text, sum(spans)::bigint
+FROM (SELECT project, count(*) AS spans FROM staged_spans GROUP BY project) AS counted
+LEFT JOIN staged_projects ON name = project
+GROUP BY project_id

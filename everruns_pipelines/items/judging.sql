@@ -1,5 +1,8 @@
--- PostgreSQL: judge every envelope by the contract's structure and limits, nothing else.
--- `found` is readable.sql or values.sql. A value that is no object is no envelope and is ignored.
+-- Every item output of the spans that were read, judged into `candidates`.
+
+-- name: judge
+-- Judge every envelope by the contract's structure and limits, nothing else.
+-- `found` is the statement `readable` or `values`. A value that is no object is no envelope and is ignored.
 -- Only strings are asked for their text: that of 1e131071 is 131,072 digits long, and of a short
 -- list of such numbers more than PostgreSQL can hold.
 INSERT INTO candidates (
@@ -134,3 +137,124 @@ CROSS JOIN LATERAL (
     END AS known
 ) AS status
 WHERE found.reason IS NOT NULL OR jsonb_typeof(found.value) = 'object'
+
+-- name: readable
+-- The item outputs of readable spans, each joined to its object by hash.
+SELECT
+    span.id AS span,
+    span.trace_id,
+    span.span_id,
+    span.ended_ns,
+    span.whole,
+    project.project_id,
+    project.organization_id,
+    output.position::integer AS position,
+    CASE
+        WHEN jsonb_typeof(output.value -> 'attributes' -> 'dedupe_key') = 'string'
+            THEN output.value -> 'attributes' ->> 'dedupe_key'
+    END AS key_hint,
+    NULL AS session_hint,
+    false AS fetched,
+    object.uri,
+    CASE
+        WHEN object.is_offloaded THEN 'offloaded'
+        WHEN object.value IS NULL THEN 'object_missing'
+    END AS reason,
+    NULL AS detail,
+    object.value
+FROM staged_spans AS span
+JOIN staged_projects AS project ON project.name = span.project
+-- OFFSET 0 is a fence: each attribute is parsed once, not once per output, and each value is
+-- looked up once, not once per field.
+CROSS JOIN LATERAL (
+    SELECT span.outputs::jsonb AS outputs, span.objects::jsonb AS objects OFFSET 0
+) AS parsed
+CROSS JOIN LATERAL jsonb_array_elements(
+    CASE WHEN jsonb_typeof(parsed.outputs) = 'array' THEN parsed.outputs ELSE '[]' END
+) WITH ORDINALITY AS output (value, position)
+CROSS JOIN LATERAL (
+    SELECT
+        kept.is_offloaded,
+        CASE
+            WHEN kept.is_offloaded AND jsonb_typeof(kept.object -> 'uri') = 'string'
+                THEN kept.object ->> 'uri'
+        END AS uri,
+        CASE WHEN kept.is_offloaded IS NOT TRUE THEN kept.object -> 'value' END AS value
+    FROM (
+        SELECT named.object, named.object -> 'type' = '"uri"' AS is_offloaded
+        FROM (
+            SELECT CASE
+                WHEN jsonb_typeof(output.value -> 'hash') = 'string'
+                    THEN parsed.objects -> (output.value ->> 'hash')
+            END AS object
+            OFFSET 0
+        ) AS named
+    ) AS kept
+    OFFSET 0
+) AS object
+WHERE span.state = 'readable' AND output.value -> 'name' = '"item"'
+
+-- name: values
+-- The values cut out of damaged spans or fetched, in the form of `readable`.
+SELECT
+    span.id AS span,
+    span.trace_id,
+    span.span_id,
+    span.ended_ns,
+    span.whole,
+    project.project_id,
+    project.organization_id,
+    staged.position,
+    staged.key_hint,
+    staged.session_hint,
+    staged.fetched,
+    staged.uri,
+    CASE
+        WHEN staged.reason IS NOT NULL THEN staged.reason
+        WHEN flaw.sql_error_code = '22P05' THEN 'unstorable_text'
+        WHEN flaw.sql_error_code IS NOT NULL THEN 'invalid_json'
+    END AS reason,
+    coalesce(staged.detail, flaw.message) AS detail,
+    -- CASE: a value is cast only after it was tried.
+    CASE WHEN flaw.sql_error_code IS NULL THEN staged.value::jsonb END AS value
+FROM staged_values AS staged
+JOIN staged_spans AS span ON span.id = staged.span
+JOIN staged_projects AS project ON project.name = span.project
+CROSS JOIN LATERAL pg_input_error_info(staged.value, 'jsonb') AS flaw
+
+-- name: unreadable
+-- Spans as a whole that cannot be read, one rejection each.
+INSERT INTO candidates (
+    span, position, state, reason, detail, organization_id, project_id, ended_ns
+)
+SELECT
+    span.id,
+    0,
+    'rejected',
+    CASE WHEN span.state = 'too_large' THEN 'too_large' ELSE 'unreadable_span' END,
+    CASE
+        WHEN span.state = 'too_large' THEN 'the attributes are longer than a rebuild reads'
+        ELSE 'dreadnode.outputs is no array'
+    END,
+    project.organization_id,
+    project.project_id,
+    span.ended_ns
+FROM staged_spans AS span
+JOIN staged_projects AS project ON project.name = span.project
+WHERE span.whole AND span.state IN ('too_large', 'no_array')
+
+-- name: take_for_damaged
+-- Spans whose attributes ClickHouse takes for JSON and PostgreSQL does not.
+UPDATE staged_spans
+SET
+    state = 'damaged',
+    outputs = encode(convert_to(outputs, 'UTF8'), 'base64'),
+    objects = encode(convert_to(objects, 'UTF8'), 'base64')
+WHERE
+    state = 'readable'
+    AND NOT (pg_input_is_valid(outputs, 'jsonb') AND pg_input_is_valid(objects, 'jsonb'))
+
+-- name: stage_value
+INSERT INTO staged_values (
+    span, fetched, position, key_hint, session_hint, uri, reason, detail, value
+) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)

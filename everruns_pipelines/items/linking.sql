@@ -1,4 +1,7 @@
--- PostgreSQL: the links that the items of a batch name, and what is to happen to each.
+-- What the items name as their links, once all items of a rebuild are there.
+
+-- name: plan
+-- The links that the items of a batch name, and what is to happen to each.
 -- A dry run has not inserted anything: what it would insert counts as there. Otherwise what is not
 -- there was deleted since.
 -- A relationship of more than 2,600 bytes is none: with its items' ids it may exceed the 2,704 that
@@ -99,3 +102,14 @@ LEFT JOIN item_links AS present
     ON present.source_item_id = told_apart.source_id
     AND present.target_item_id = told_apart.found_id
     AND present.relationship = told_apart.relationship
+
+-- name: create
+-- The links of a batch that the table does not have. None of its columns is sure to have
+-- a default.
+INSERT INTO item_links (
+    id, project_id, source_item_id, target_item_id, relationship, created_at
+)
+SELECT uuidv7(), project_id, source_id, target_id, relationship, now()
+FROM planned_links
+WHERE state = 'create'
+ON CONFLICT (source_item_id, target_item_id, relationship) DO NOTHING

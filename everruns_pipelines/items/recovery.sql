@@ -1,4 +1,7 @@
--- PostgreSQL: envelopes that were offloaded, with the directories that are none of their project's.
+-- Envelopes that the SDK moved to an object store.
+
+-- name: offloaded
+-- Those that were not fetched yet, with the directories that are none of their project's.
 SELECT
     candidate.span,
     candidate.position,
@@ -24,3 +27,14 @@ SELECT
 FROM candidates AS candidate
 WHERE candidate.state <> 'valid' AND candidate.reason = 'offloaded'
 ORDER BY candidate.id
+
+-- name: make_room
+-- What was fetched, or was not for a reason, is judged anew.
+DELETE FROM candidates
+USING staged_values AS fetched
+WHERE candidates.span = fetched.span AND candidates.position = fetched.position
+
+-- name: tell_there_is_no_store
+UPDATE candidates
+SET detail = 'EVERRUNS_OBJECT_STORE_URL is not set'
+WHERE state <> 'valid' AND reason = 'offloaded'

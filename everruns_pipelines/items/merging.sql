@@ -1,0 +1,180 @@
+-- One envelope per dedupe key and one item per ref; from there into `items`, batch by batch.
+
+-- name: choose
+-- Of the valid envelopes with one dedupe key the earliest by span end counts.
+INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
+SELECT DISTINCT ON (dedupe_key COLLATE "C", project_id)
+    id, project_id, dedupe_key, ref, ended_ns
+FROM candidates
+WHERE state = 'valid'
+ORDER BY
+    -- The key first: it tells rows apart, the project hardly ever.
+    dedupe_key COLLATE "C", project_id, ended_ns, trace_id COLLATE "C", span_id COLLATE "C",
+    position, id
+
+-- name: refs
+-- One ref, one item. Whoever holds it in the table keeps it, else the earliest envelope.
+-- An item that was given another ref in an earlier round holds its old one no longer.
+WITH claims AS (
+    SELECT
+        chosen.candidate,
+        coalesce(holder.dedupe_key = chosen.dedupe_key, false) AS is_held,
+        taken.candidate IS NOT NULL OR (holder.id IS NOT NULL AND given.candidate IS NULL)
+            AS is_taken,
+        row_number() OVER (
+            PARTITION BY chosen.ref COLLATE "C", chosen.project_id
+            ORDER BY chosen.ended_ns, chosen.dedupe_key COLLATE "C"
+        ) > 1 AS is_later
+    FROM chosen
+    LEFT JOIN items AS holder
+        ON holder.project_id = chosen.project_id AND holder.ref = chosen.ref
+    LEFT JOIN chosen AS given
+        ON given.round < %(round)s
+        AND given.project_id = holder.project_id
+        AND given.dedupe_key = holder.dedupe_key
+        AND given.ref IS DISTINCT FROM holder.ref
+    LEFT JOIN chosen AS taken
+        ON taken.round < %(round)s
+        AND taken.project_id = chosen.project_id
+        AND taken.ref = chosen.ref
+    WHERE chosen.ref IS NOT NULL AND chosen.round = %(round)s
+),
+
+lost AS (
+    DELETE FROM chosen USING claims
+    WHERE
+        chosen.candidate = claims.candidate
+        AND NOT claims.is_held
+        AND (claims.is_taken OR claims.is_later)
+    RETURNING chosen.candidate
+)
+
+UPDATE candidates
+SET state = 'rejected', reason = 'ref_conflict', detail = 'another item of the project has this ref'
+FROM lost
+WHERE candidates.id = lost.candidate
+
+-- name: revive
+-- The next round: envelopes that lost their ref to an item which was given another one.
+-- A dry run has given nothing yet, so what is to be given counts.
+WITH revived AS (
+    UPDATE candidates AS candidate
+    SET state = 'valid', reason = NULL, detail = NULL
+    WHERE
+        candidate.state = 'rejected'
+        AND candidate.reason = 'ref_conflict'
+        AND NOT EXISTS (
+            SELECT
+            FROM items AS holder
+            LEFT JOIN chosen AS given
+                ON given.project_id = holder.project_id
+                AND given.dedupe_key = holder.dedupe_key
+                AND given.ref IS DISTINCT FROM holder.ref
+            WHERE
+                holder.project_id = candidate.project_id
+                AND holder.ref = candidate.ref
+                AND given.candidate IS NULL
+        )
+        AND NOT EXISTS (
+            SELECT
+            FROM chosen AS taken
+            WHERE taken.project_id = candidate.project_id AND taken.ref = candidate.ref
+        )
+    RETURNING candidate.*
+)
+
+INSERT INTO chosen (candidate, round, project_id, dedupe_key, ref, ended_ns)
+SELECT id, %(round)s, project_id, dedupe_key, ref, ended_ns
+FROM revived
+
+-- name: plan
+-- What is to happen to each item of a batch. `record_image_eq` compares to the last
+-- digit: as jsonb 1 equals 1.0. MATERIALIZED: compared once, not for the action and for keeps_data.
+WITH compared AS MATERIALIZED (
+    SELECT
+        candidate.id AS candidate,
+        item.id AS item_id,
+        (
+            item.item_type, item.title, item.ref, item.session_id, item.trace_id, item.span_id,
+            item.capability, item.capability_version, item.schema_ref
+        ) IS NOT DISTINCT FROM (
+            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
+            candidate.trace_id, candidate.span_id, candidate.capability,
+            candidate.capability_version, candidate.schema_ref
+        ) AS same_columns,
+        CASE
+            WHEN item.id IS NULL THEN false
+            WHEN record_image_eq(ROW(item.data), ROW(candidate.data)) THEN true
+            -- An empty path: fetched and decompressed once, not at every use in there.
+            ELSE pg_temp.same_but_for_list_order(item.data #> '{}', candidate.data #> '{}')
+        END AS same_data
+    FROM chosen
+    JOIN candidates AS candidate ON candidate.id = chosen.candidate
+    LEFT JOIN items AS item
+        ON item.project_id = chosen.project_id AND item.dedupe_key = chosen.dedupe_key
+    -- Of both, or a batch would read every candidate.
+    WHERE
+        chosen.round = %(round)s
+        AND chosen.candidate BETWEEN %(first)s AND %(last)s
+        AND candidate.id BETWEEN %(first)s AND %(last)s
+)
+
+INSERT INTO planned (candidate, item_id, action, keeps_data)
+SELECT
+    candidate,
+    item_id,
+    CASE
+        WHEN item_id IS NULL THEN 'insert'
+        WHEN same_columns AND same_data THEN 'unchanged'
+        ELSE 'refresh'
+    END,
+    same_data
+FROM compared
+
+-- name: insert
+-- The items of a batch that the table does not have. Of its columns only `id` is sure to
+-- have a default.
+INSERT INTO items (
+    organization_id, project_id, item_type, title, ref, data, disposition, source, session_id,
+    trace_id, span_id, capability, capability_version, schema_ref, dedupe_key, created_at,
+    updated_at
+)
+SELECT
+    organization_id, project_id, item_type, title, ref, data, disposition, 'extracted', session_id,
+    trace_id, span_id, capability, capability_version, schema_ref, dedupe_key,
+    timestamptz 'epoch' + (ended_ns / 1000) * interval '1 microsecond',
+    now()
+FROM planned
+JOIN candidates ON candidates.id = planned.candidate
+WHERE planned.action = 'insert'
+ORDER BY planned.candidate
+
+-- name: refresh
+-- The items of a batch that differ from what their span says. What people decided and
+-- where the row came from stays: id, source, created_by, created_at, disposition.
+UPDATE items
+SET
+    item_type = candidate.item_type,
+    title = candidate.title,
+    ref = candidate.ref,
+    data = CASE WHEN planned.keeps_data THEN items.data ELSE candidate.data END,
+    session_id = candidate.session_id,
+    trace_id = candidate.trace_id,
+    span_id = candidate.span_id,
+    capability = candidate.capability,
+    capability_version = candidate.capability_version,
+    schema_ref = candidate.schema_ref,
+    updated_at = now()
+FROM planned
+JOIN candidates AS candidate ON candidate.id = planned.candidate
+WHERE planned.action = 'refresh' AND items.id = planned.item_id
+
+-- name: stored
+-- An item that is stored is rejected no longer.
+DELETE FROM everruns_pipelines.item_rejections AS rejection
+USING chosen
+WHERE
+    chosen.round = %(round)s
+    AND chosen.candidate BETWEEN %(first)s AND %(last)s
+    AND rejection.project_id = chosen.project_id
+    AND rejection.dedupe_key = chosen.dedupe_key
