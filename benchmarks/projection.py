@@ -21,7 +21,7 @@ from rich.table import Table
 
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
-from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES, Fact, Projection, Source
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.reporting.drain import drain_in_parallel
@@ -97,11 +97,16 @@ def claims(home: Path) -> Generator[tuple[str, str, str, str]]:
             )
             connection.execute("VACUUM ANALYZE reporting_outbox")
             with Outbox.opened(connection, MAX_ATTEMPTS) as outbox:
-                outbox.claim(CLAIM // 10)  # plans are made and pages read
-                seconds[pending], _ = timed(lambda outbox=outbox: outbox.claim(CLAIM))
+                cutoff = outbox.cutoff()
+                with transaction(connection):
+                    outbox.take(CLAIM // 10, cutoff)  # pages are read
+                with transaction(connection):
+                    seconds[pending], _ = timed(
+                        lambda outbox=outbox, cutoff=cutoff: outbox.take(CLAIM, cutoff)
+                    )
     few, many = seconds.values()
     yield (
-        f"claim {CLAIM:,} of 1,000,000 pending, against of 10,000",
+        f"take {CLAIM:,} of 1,000,000 pending, against of 10,000",
         f"{many * 1000:.0f} against {few * 1000:.0f} ms",
         f"{many / few:.2f} x",
         "at most 1.5 x",

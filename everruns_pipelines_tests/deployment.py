@@ -71,7 +71,7 @@ class LiveDeployment:
 def live_deployment(home: Path, environment: Mapping[str, str]) -> Generator[LiveDeployment]:
     """A deployment that runs for as long as the context, with its own DAGSTER_HOME in `home`."""
     copy(ROOT / "dagster.yaml", home)
-    deployment = LiveDeployment(home, environment, _free_port())
+    deployment = LiveDeployment(home, environment, free_port())
     try:
         deployment.start_webserver()
         deployment.start_daemon()
@@ -90,7 +90,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> Non
         time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pydantic import SecretStr
 
+from everruns_pipelines.databases.poolers import (
+    is_pooled,
+    pooler_refused,
+    refuse_shared_sessions,
+)
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
@@ -20,10 +25,16 @@ _T = TypeVar("_T")
 Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
 # What our statements and psycopg rely on, whatever the server's, the database's or the role's
-# defaults. JIT compiles for a second what runs in a tenth.
-_SESSION_OPTIONS = (
-    "-c timezone=UTC -c datestyle=ISO -c default_transaction_isolation=read\\ committed -c jit=off"
-)
+# defaults. Set by statement: a pooler drops the options of a connection, or refuses them. JIT
+# compiles for a second what runs in a tenth.
+_SESSION = {
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "default_transaction_isolation": "read committed",
+    "jit": "off",
+}
+# What the driver must have been told of them: it reads times and texts by it.
+_TOLD = {"TimeZone": "UTC", "DateStyle": "ISO", "client_encoding": "UTF8"}
 _TRIES = 5
 
 
@@ -80,19 +91,29 @@ class ItemsPostgresDatabase(PostgresDatabase):
 
 @contextmanager
 def _connected(url: str, variable: str) -> Generator[Connection]:
+    with _opened(url, variable) as connection:
+        if is_pooled(connection):
+            refuse_shared_sessions(connection, lambda: _opened(url, variable))
+        _set_session(connection)
+        yield connection
+
+
+def _opened(url: str, variable: str) -> Connection:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
 
     given = conninfo_to_dict(url)
     try:
-        connection = psycopg.connect(
+        return psycopg.connect(
             url,
             autocommit=True,
             prepare_threshold=None,  # a plan kept for all values suits none of our selections
             connect_timeout=given.get("connect_timeout", 10),
             application_name="everruns_pipelines",
-            client_encoding="utf8",
-            options=f"{given.get('options', '')} {_SESSION_OPTIONS}",  # of two, the last one holds
+            client_encoding="UTF8",
+            # Of several hosts the primary, whichever it is just now. Reading takes it too: what is
+            # read is staged in temporary tables, which a replica refuses.
+            target_session_attrs=given.get("target_session_attrs", "read-write"),
         )
     except psycopg.OperationalError as error:
         # libpq names host and user, never the password. Its hints, in lines of their own, are left
@@ -100,12 +121,23 @@ def _connected(url: str, variable: str) -> Generator[Connection]:
         told = " ".join(line for line in str(error).splitlines() if not line.startswith("\t"))
         raise Refusal(
             f"PostgreSQL cannot be used: {told}. "
-            f"{variable} must name a running server and an existing database",
+            f"{variable} must name a running primary and an existing database",
             code="unavailable",
             status=503,
         ) from None
-    with connection:
-        yield connection
+
+
+def _set_session(connection: Connection) -> None:
+    """Set what we rely on, and refuse a connection on which it does not hold."""
+    from psycopg.types.json import Json
+
+    connection.execute(
+        "SELECT set_config(key, value, false) FROM json_each_text(%s)", [Json(_SESSION)]
+    )
+    for name, expected in _TOLD.items():
+        told = connection.info.parameter_status(name)
+        if told is None or not told.startswith(expected):
+            raise pooler_refused(f"it keeps {name} at {told}")
 
 
 @contextmanager

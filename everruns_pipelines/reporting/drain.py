@@ -1,74 +1,27 @@
-"""Drains the outbox: claims batch after batch, and projects each in one transaction."""
+"""Drains the outbox: batch after batch, by several projectors at once."""
 
+import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 
-from psycopg import sql
+import psycopg
 from psycopg.pq import TransactionStatus
 
-from everruns_pipelines.databases.postgres import (
-    Connection,
-    PostgresDatabase,
-    transaction,
-    tried_again,
-)
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.batch import Batches, Drained
 from everruns_pipelines.reporting.database import require_org
-from everruns_pipelines.reporting.outbox import Claim, Outbox
-from everruns_pipelines.reporting.projector import (
-    Outcome,
-    project_selection,
-    projections_of,
-    stage,
-    staged_parts,
-)
-
-# Sessions come last, when all else is finished: projectors do them one after the other, and wait
-# until the one before has committed.
-_ORDER = ((EVENT, LLM_GENERATION, USAGE_LEDGER), (SESSION,))
-_PROJECTORS = 2
-_SELECTED = sql.SQL(
-    "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
-)
-
+from everruns_pipelines.reporting.outbox import Outbox
 
 LARGEST_BATCH = 100_000
+LONGEST_LINGER = 3600  # seconds
 
-
-@dataclass
-class Drained:
-    """What was done: outbox rows by how they ended, and what was written where.
-
-    Parked rows are among the failed. Claimed ones that are neither completed nor failed have been
-    enqueued again meanwhile, or taken over by another projector.
-    """
-
-    claimed: int = 0
-    completed: int = 0
-    failed: int = 0
-    parked: int = 0
-    outcome: Outcome = field(default_factory=Outcome)
-
-    def add(self, batch: "Drained") -> None:
-        """Take in what another batch did."""
-        self.claimed += batch.claimed
-        self.completed += batch.completed
-        self.failed += batch.failed
-        self.parked += batch.parked
-        self.outcome.add(batch.outcome)
-
-    def result(self) -> dict[str, int]:
-        """The counts of the interface."""
-        return {
-            "claimed": self.claimed,
-            "completed": self.completed,
-            "failed": self.failed,
-            "parked": self.parked,
-        }
+_PROJECTORS = 2
+_LOOK_SECONDS = 1
+_STOP_SECONDS = 5
 
 
 def check(
@@ -77,6 +30,7 @@ def check(
     org_id: int | None = None,
     batch_size: int = 1,
     max_rows: int | None = None,
+    linger_seconds: int = 0,
 ) -> None:
     """Refuse what `drain` could not do.
 
@@ -89,6 +43,7 @@ def check(
     for name, value, largest, least in (
         ("batch_size", batch_size, LARGEST_BATCH, 1),
         ("max_rows", 0 if max_rows is None else max_rows, 2**31 - 1, 0),
+        ("linger_seconds", linger_seconds, LONGEST_LINGER, 0),
     ):
         if not least <= value <= largest:
             expected = f"a whole number from {least} to {largest}"
@@ -107,23 +62,30 @@ def drain(
     org_id: int | None = None,
     batch_size: int = 5000,
     max_rows: int | None = None,
+    linger_seconds: int = 0,
 ) -> Generator[Drained]:
-    """Project what is due, until nothing is or `max_rows` outbox rows have been claimed.
+    """Project what is due now, up to `max_rows` outbox rows.
+
+    What becomes due meanwhile is left to the next drain: so this one ends, however busy the
+    platform is.
 
     Args:
         connection: in autocommit mode; nothing else may use it inside a batch.
         max_attempts: attempts after which a row that fails is parked.
         org_id: the one organization to project; None for all.
-        batch_size: outbox rows per transaction.
+        batch_size: the most outbox rows per transaction. It takes fewer where the application
+            would have to wait for too long for the rows that it holds.
         max_rows: outbox rows in all; None for no bound.
+        linger_seconds: stay for so long, and project what becomes due, looking every second.
 
     Yields:
         What each batch did, once it is committed.
 
     Raises:
-        psycopg.Error: the database refused or went away. The batch at work is given back.
+        psycopg.Error: the database refused or went away. Nothing of the batch at work is done.
     """
-    yield from _drain(connection, _Budget(batch_size, max_rows), max_attempts, org_id)
+    work = _Work(max_attempts, org_id, batch_size, linger_seconds, _Budget(max_rows), Event())
+    yield from _drain(connection, work)
 
 
 def drain_in_parallel(
@@ -132,27 +94,34 @@ def drain_in_parallel(
     org_id: int | None = None,
     batch_size: int = 5000,
     max_rows: int | None = None,
+    linger_seconds: int = 0,
 ) -> Generator[Drained]:
     """Drain with several projectors at once, each on a connection of its own; see `drain`.
 
     Most of the time goes into PostgreSQL's indexes, where one connection uses one processor.
-    Stopped in the middle, the projectors finish the batches that they are working on.
+    Interrupted or closed in the middle, it stops the projectors: what they are at is cancelled, and
+    nothing of it is done.
     """
-    budget = _Budget(batch_size, max_rows)
+    attempts = postgres.settings.reporting_max_attempts
+    work = _Work(attempts, org_id, batch_size, linger_seconds, _Budget(max_rows), Event())
     done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
+    connections: list[Connection] = []
 
     def project() -> None:
         try:
             with postgres.connect() as connection:
-                attempts = postgres.settings.reporting_max_attempts
-                for batch in _drain(connection, budget, attempts, org_id):
+                connections.append(connection)
+                for batch in _drain(connection, work):
                     done.put(batch)
         except Exception as error:
-            budget.close()
+            work.stop.set()
             done.put(error)
         done.put(None)
 
-    projectors = [Thread(target=project, name=f"projector-{n}") for n in range(_PROJECTORS)]
+    # One that cannot be stopped, since its server does not answer, keeps no process alive.
+    projectors = [
+        Thread(target=project, name=f"projector-{n}", daemon=True) for n in range(_PROJECTORS)
+    ]
     for projector in projectors:
         projector.start()
     failures: list[Exception] = []
@@ -163,9 +132,8 @@ def drain_in_parallel(
             else:
                 yield outcome
     finally:
-        budget.close()
-        for projector in projectors:
-            projector.join()
+        work.stop.set()
+        _cancel(projectors, connections)
     if failures:
         raise failures[0]
 
@@ -181,73 +149,82 @@ def _until_all_ended(
             yield outcome
 
 
-class _Budget:
-    """How many outbox rows may still be claimed, by several projectors."""
+def _cancel(projectors: list[Thread], connections: list[Connection]) -> None:
+    """Cancel whatever the projectors run, until they have noticed that they are to stop."""
+    deadline = time.monotonic() + _STOP_SECONDS
+    while any(projector.is_alive() for projector in projectors) and time.monotonic() < deadline:
+        for connection in connections:
+            # It may end just now, or its server may be gone.
+            with suppress(psycopg.Error):
+                connection.cancel_safe(timeout=1)
+        for projector in projectors:
+            projector.join(0.02)
 
-    def __init__(self, batch_size: int, max_rows: int | None) -> None:
-        self._batch_size = batch_size
+
+class _Budget:
+    """How many outbox rows may still be taken, by several projectors."""
+
+    def __init__(self, max_rows: int | None) -> None:
         self._left = max_rows
         self._lock = Lock()
 
-    def take(self) -> int:
-        """The size of the next batch; 0 if there is to be none."""
+    @property
+    def is_spent(self) -> bool:
+        """Nothing more may be taken."""
+        return self._left == 0
+
+    def take(self, size: int) -> int:
+        """The size of the next batch, `size` at most; 0 if there is to be none."""
         with self._lock:
             if self._left is None:
-                return self._batch_size
-            size = min(self._batch_size, self._left)
+                return size
+            size = min(size, self._left)
             self._left -= size
             return size
 
     def give_back(self, size: int) -> None:
-        """Return what was taken and not claimed."""
+        """Return what was allowed and not used."""
         with self._lock:
             if self._left is not None:
                 self._left += size
 
-    def close(self) -> None:
-        """Let no further batch begin."""
-        with self._lock:
-            self._batch_size = 0
-            self._left = 0
+
+@dataclass(frozen=True)
+class _Work:
+    """What the projectors of one drain share."""
+
+    max_attempts: int
+    org_id: int | None
+    batch_size: int
+    linger_seconds: int
+    budget: _Budget
+    stop: Event
 
 
-def _drain(
-    connection: Connection, budget: _Budget, max_attempts: int, org_id: int | None
-) -> Generator[Drained]:
-    with Outbox.opened(connection, max_attempts) as outbox:
-        while size := budget.take():
-            claim = outbox.claim(size, org_id)
-            budget.give_back(size - (claim.size if claim else 0))
-            if claim is None:
-                return
-            try:
-                batch = tried_again(partial(_project, connection, outbox, claim))
-            except BaseException:
-                if connection.info.transaction_status == TransactionStatus.ACTIVE:
-                    # Interrupted within a statement: only its end makes the connection let go.
-                    connection.cancel_safe()
-                    connection.close()
-                elif not connection.closed:
-                    outbox.release(claim)
-                raise
+def _drain(connection: Connection, work: _Work) -> Generator[Drained]:
+    until = time.monotonic() + work.linger_seconds
+    try:
+        with Outbox.opened(connection, work.max_attempts, work.org_id) as outbox:
+            batches = Batches(connection, outbox, work.batch_size, work.stop)
+            while True:
+                is_last_look = time.monotonic() >= until
+                yield from _drain_due(outbox, batches, work)
+                if is_last_look or work.budget.is_spent or work.stop.wait(_LOOK_SECONDS):
+                    return
+    except BaseException:
+        if connection.info.transaction_status == TransactionStatus.ACTIVE:
+            # Interrupted within a statement: only its end makes the connection let go.
+            connection.cancel_safe()
+            connection.close()
+        raise
+
+
+def _drain_due(outbox: Outbox, batches: Batches, work: _Work) -> Generator[Drained]:
+    cutoff = outbox.cutoff()
+    while not work.stop.is_set() and (size := work.budget.take(batches.size)):
+        batch = batches.project(size, cutoff)
+        work.budget.give_back(size - (batch.claimed if batch else 0))
+        if batch is None:
+            return
+        if batch.claimed:
             yield batch
-
-
-def _project(connection: Connection, outbox: Outbox, claim: Claim) -> Drained:
-    done = Drained(claim.size)
-    with transaction(connection):
-        # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
-        connection.execute("SET LOCAL random_page_cost = 1.1")
-        stage(connection, _SELECTED, {})
-        parts = staged_parts(connection)
-        for sources in _ORDER:
-            for source in sources:
-                if source.type in parts:
-                    part = parts[source.type]
-                    outcome = project_selection(connection, projections_of(source), *part)
-                    outbox.fail(source, outcome.failures)
-                    done.outcome.add(Outcome(outcome.counts))
-            finished = outbox.finish(claim, of_sessions=SESSION in sources)
-            done.add(Drained(0, finished.completed, finished.failed, finished.parked))
-        outbox.forget(claim)
-    return done

@@ -1,56 +1,39 @@
 -- Every statement of the outbox's life, by name: the queue can be read here without reading Python.
-
--- name: return_lost
--- Rows of projectors that died are pending again, and parked if their attempts are used up, unless
--- they have been enqueued again since. One of ours holds an advisory lock while it lives, so its
--- death shows at once; a foreign one is taken for dead after 15 minutes. One that did not say when
--- it claimed a row did so when the row was last changed.
-WITH abandoned AS (
-    DELETE FROM everruns_pipelines.outbox_claims
-    WHERE claimed_at IN (
-        SELECT claimed_at
-        FROM everruns_pipelines.outbox_claims
-        WHERE lock_key <> %(lock_key)s AND pg_try_advisory_xact_lock(lock_key)
-        FOR UPDATE SKIP LOCKED
-    )
-    RETURNING claimed_at
-)
-UPDATE reporting_outbox AS outbox
-SET status = CASE WHEN is_last THEN 'failed' ELSE 'pending' END,
-    next_attempt_at = CASE WHEN is_last THEN 'infinity' ELSE next_attempt_at END,
-    last_error = CASE
-        WHEN is_last THEN 'its projector died while working on it' ELSE last_error
-    END,
-    updated_at = now()
-FROM (
-    SELECT
-        id AS lost_id,
-        attempts >= %(max_attempts)s AND next_attempt_at <= claimed_at AS is_last
-    FROM reporting_outbox
-    WHERE status = 'processing'
-        AND (
-            coalesce(claimed_at, updated_at) < now() - interval '15 minutes'
-            OR claimed_at IN (SELECT claimed_at FROM abandoned)
-        )
-    FOR UPDATE SKIP LOCKED
-) AS lost
-WHERE id = lost_id
+--
+-- The row lock is the claim. A projector takes due rows with FOR UPDATE SKIP LOCKED, projects them,
+-- completes them and commits: one transaction. If it dies, nothing is left to return.
 
 -- name: make_batch
--- The rows that this projector has claimed, as they stood then: a later change of `next_attempt_at`
--- tells of an enqueue that the batch may not have seen.
+-- The rows that this projector holds. `place` is where each lies in the outbox: it stays there while
+-- it is locked.
 CREATE TEMPORARY TABLE IF NOT EXISTS batch (
+    place tid NOT NULL,
     id uuid NOT NULL,
     org_id bigint NOT NULL,
     source_type text NOT NULL,
     source_id uuid,
-    next_attempt_at timestamptz NOT NULL,
     error text
+) ON COMMIT DELETE ROWS
+
+-- name: return_stale
+-- Rows of foreign projectors, which mark what they claim as processing, and of our own earlier
+-- releases. One that has not finished a row after 15 minutes is taken for dead, which is no failure
+-- of the row. One that did not say when it claimed a row did so when the row was last changed.
+UPDATE reporting_outbox
+SET status = 'pending', attempts = greatest(attempts - 1, 0), updated_at = now()
+WHERE id = ANY (
+    ARRAY(
+        SELECT id
+        FROM reporting_outbox
+        WHERE status = 'processing'
+            AND coalesce(claimed_at, updated_at) < now() - interval '15 minutes'
+        FOR UPDATE SKIP LOCKED
+    )
 )
 
--- name: claim
--- Up to `size` due rows, in equal shares per organization that has any, the oldest first, into the
--- batch. One whose source id is malformed fails.
+-- name: take
+-- Up to `size` rows that were due at the cutoff, in equal shares per organization that has any, the
+-- oldest first, into the batch. One whose source id is malformed fails.
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
@@ -61,7 +44,8 @@ WITH waiting AS MATERIALIZED (
         (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
-                AND status = 'pending' AND next_attempt_at <= now()
+                AND status = 'pending' AND next_attempt_at <= %(cutoff)s
+                AND id NOT IN (SELECT id FROM pg_temp.batch)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -69,7 +53,8 @@ WITH waiting AS MATERIALIZED (
         (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
-                AND status = 'failed' AND next_attempt_at <= now()
+                AND status = 'failed' AND next_attempt_at <= %(cutoff)s
+                AND id NOT IN (SELECT id FROM pg_temp.batch)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -82,68 +67,55 @@ share AS MATERIALIZED (
 ),
 due AS (
     SELECT
-        id,
-        next_attempt_at,
+        oldest.*,
+        waiting.org_id,
         row_number() OVER (
             PARTITION BY waiting.org_id ORDER BY next_attempt_at, oldest.created_at
-        ) AS place
+        ) AS rank
     FROM waiting
     CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT id, next_attempt_at, created_at
+            SELECT ctid AS place, id, source_type, source_id, next_attempt_at, created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
-                AND status = 'pending' AND next_attempt_at <= now()
+                AND status = 'pending' AND next_attempt_at <= %(cutoff)s
+                AND id NOT IN (SELECT id FROM pg_temp.batch)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS pending
         UNION ALL
         SELECT * FROM (
-            SELECT id, next_attempt_at, created_at
+            SELECT ctid AS place, id, source_type, source_id, next_attempt_at, created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
-                AND status = 'failed' AND next_attempt_at <= now()
+                AND status = 'failed' AND next_attempt_at <= %(cutoff)s
+                AND id NOT IN (SELECT id FROM pg_temp.batch)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS failed
     ) AS oldest
-),
-claimed AS (
-    UPDATE reporting_outbox
-    SET status = 'processing',
-        attempts = attempts + 1,
-        claimed_at = now(),
-        updated_at = now()
-    WHERE id = ANY (
-        ARRAY(
-            SELECT id FROM due
-            WHERE place <= (SELECT size FROM share)
-            ORDER BY place, next_attempt_at
-            LIMIT %(size)s
-        )
-    )
-    RETURNING *
 )
-INSERT INTO pg_temp.batch (id, org_id, source_type, source_id, next_attempt_at, error)
+INSERT INTO pg_temp.batch (place, id, org_id, source_type, source_id, error)
 SELECT
+    place,
     id,
     org_id,
     source_type,
     CASE WHEN is_uuid THEN source_id::uuid END,
-    next_attempt_at,
     CASE WHEN NOT is_uuid AND source_type = ANY (%(source_types)s) THEN 'the source id is no UUID' END
-FROM claimed
-CROSS JOIN LATERAL (SELECT pg_input_is_valid(source_id, 'uuid') AS is_uuid) AS checked
+FROM (
+    SELECT *, pg_input_is_valid(source_id, 'uuid') AS is_uuid
+    FROM due
+    WHERE rank <= (SELECT size FROM share)
+    ORDER BY rank, next_attempt_at
+    LIMIT %(size)s
+) AS taken
 
--- name: remember_claim
-INSERT INTO everruns_pipelines.outbox_claims (claimed_at, lock_key)
-VALUES (now(), %(lock_key)s)
-RETURNING claimed_at
-
--- name: forget_claim
-DELETE FROM everruns_pipelines.outbox_claims WHERE claimed_at = %(claimed_at)s
+-- name: leave
+-- Rows of sessions stay due: another projector is at sessions.
+DELETE FROM pg_temp.batch WHERE source_type = 'session'
 
 -- name: note_failures
 UPDATE pg_temp.batch
@@ -154,47 +126,37 @@ WHERE batch.source_type = %(source_type)s
     AND batch.org_id = failed.org_id
     AND batch.source_id = failed.source_id
 
--- name: finish
--- Completes what was projected: the rows of sessions, or all others. Fenced: a row that somebody
--- else has claimed since is not ours to finish. One that was enqueued again since it was taken is
--- pending again.
-WITH finished AS (
+-- name: complete
+-- The only update of a row that succeeds. Whoever enqueues it meanwhile waits for this transaction
+-- to end, finds it completed, and makes it pending again.
+UPDATE reporting_outbox
+SET status = 'completed',
+    attempts = attempts + 1,
+    claimed_at = now(),
+    last_error = NULL,
+    updated_at = now()
+WHERE ctid = ANY (ARRAY(SELECT place FROM pg_temp.batch WHERE error IS NULL))
+
+-- name: fail
+WITH failed AS (
     UPDATE reporting_outbox AS outbox
-    SET status = CASE
-            WHEN outbox.next_attempt_at <> batch.next_attempt_at THEN 'pending'
-            WHEN batch.error IS NULL THEN 'completed'
-            ELSE 'failed'
-        END,
+    SET status = 'failed',
+        attempts = outbox.attempts + 1,
+        claimed_at = now(),
         next_attempt_at = CASE
-            WHEN outbox.next_attempt_at <> batch.next_attempt_at OR batch.error IS NULL
-                THEN outbox.next_attempt_at
-            WHEN outbox.attempts >= %(max_attempts)s THEN 'infinity'
+            WHEN outbox.attempts + 1 >= %(max_attempts)s THEN 'infinity'
             ELSE now() + make_interval(
-                secs => least(2 ^ least(greatest(outbox.attempts, 1), 8) * 30, 3600)
+                secs => least(2 ^ least(outbox.attempts + 1, 8) * 30, 3600)
             )
         END,
         last_error = batch.error,
         updated_at = now()
     FROM pg_temp.batch
-    WHERE (batch.source_type = 'session') = %(of_sessions)s
-        AND outbox.id = batch.id
-        -- Looked up by id, never by status: statistics know of no row that is processing, and a
-        -- join planned for one row takes minutes for thousands. CASE keeps them out of it.
-        AND outbox.id = ANY (ARRAY(SELECT id FROM pg_temp.batch))
-        AND CASE WHEN outbox.status = 'processing' THEN outbox.claimed_at = %(claimed_at)s END
-    RETURNING outbox.status, outbox.next_attempt_at
+    WHERE outbox.ctid = ANY (ARRAY(SELECT place FROM pg_temp.batch WHERE error IS NOT NULL))
+        AND batch.place = outbox.ctid
+    RETURNING outbox.next_attempt_at
 )
-SELECT
-    count(*) FILTER (WHERE status = 'completed') AS completed,
-    count(*) FILTER (WHERE status = 'failed') AS failed,
-    count(*) FILTER (WHERE status = 'failed' AND next_attempt_at = 'infinity') AS parked
-FROM finished
-
--- name: release
--- Undoes a claim whose batch could not be worked on, through no fault of its rows.
-UPDATE reporting_outbox
-SET status = 'pending', attempts = greatest(attempts - 1, 0), updated_at = now()
-WHERE status = 'processing' AND claimed_at = %(claimed_at)s
+SELECT count(*), count(*) FILTER (WHERE next_attempt_at = 'infinity') FROM failed
 
 -- name: purge
 -- Removes what was completed long ago, a bounded number of rows at a time.

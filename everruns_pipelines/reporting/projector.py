@@ -113,6 +113,12 @@ def lock_sessions(connection: Connection) -> None:
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SESSIONS_LOCK])
 
 
+def try_lock_sessions(connection: Connection) -> bool:
+    """Let nobody else project sessions until the transaction ends, unless somebody is at it."""
+    row = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_SESSIONS_LOCK]).fetchone()
+    return row == (True,)
+
+
 def project_selection(
     connection: Connection,
     projections: Iterable[tuple[Fact, Projection]],

@@ -17,10 +17,12 @@ from psycopg.conninfo import make_conninfo
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting import database
-from everruns_pipelines.reporting.drain import check, drain_in_parallel
+from everruns_pipelines.reporting.drain import check, drain, drain_in_parallel
+from everruns_pipelines.reporting.projector import lock_sessions
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
+    MAX_ATTEMPTS,
     World,
     drain_all,
     enqueue_all,
@@ -158,7 +160,7 @@ def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
         wait_until(lambda: waiting(connection), "the batch to be at work")
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert by_status(connection) == [("pending", 0, sources - 150), ("processing", 1, 150)]
+        assert by_status(connection) == [("pending", 0, sources)]
         assert versions(connection) == set()
     # The killed process's connection ends when the server notices.
     wait_until(
@@ -175,17 +177,15 @@ def test_a_process_killed_in_mid_batch_loses_nothing_and_another_finishes(
     drained = drain_all(connection)
 
     assert drained.completed == sources
-    assert by_status(connection) == [
-        ("completed", 1, sources - 150),
-        ("completed", 2, 150),
-    ]
+    assert by_status(connection) == [("completed", 1, sources)]
     assert differences(connection) == []
 
 
-def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
-    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start
+@pytest.mark.parametrize("script", [_ALONE, _IN_PARALLEL], ids=["alone", "in parallel"])
+def test_a_process_terminated_in_mid_batch_ends_at_once_and_nothing_of_the_batch_is_done(
+    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start, script: str
 ) -> None:
-    process = start(_ALONE)
+    process = start(script)
     ready(process)
     with postgres.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
@@ -195,28 +195,98 @@ def test_a_process_terminated_in_mid_batch_gives_the_batch_back(
         assert answer(process) == "terminated"
         wait_until(lambda: not waiting(connection), "its statement to be cancelled")
         assert versions(connection) == set()
+        assert by_status(connection) == [("pending", 0, sources)]
 
     assert drain_all(connection).completed == sources
 
     assert differences(connection) == []
 
 
-def test_a_process_of_several_projectors_finishes_its_batches_when_it_is_terminated(
-    connection: Connection, postgres: PostgresDatabase, sources: int, start: Start
+def test_no_row_stays_locked_while_a_batch_waits_for_what_somebody_else_holds(
+    connection: Connection, postgres: PostgresDatabase, sources: int
 ) -> None:
-    process = start(_IN_PARALLEL)
-    ready(process)
-    with postgres.connect() as blocker, blocker.transaction():
-        blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
-        go(process)
-        wait_until(lambda: waiting(connection), "a batch to be at work")
-        process.terminate()
-    assert answer(process) == "terminated"
+    with postgres.connect() as blocker, postgres.connect() as ours, ThreadPoolExecutor(1) as pool:
+        with blocker.transaction():
+            blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
+            draining = pool.submit(drain_all, ours)
+            wait_until(lambda: waiting(connection), "the batch to wait")
+            connection.execute("SET lock_timeout = '5s'")
+            connection.execute("SELECT FROM reporting_outbox FOR UPDATE")
+        assert draining.result(60).completed == sources
 
-    left = value(connection, "SELECT count(*) FROM reporting_outbox WHERE status = 'pending'")
-    assert by_status(connection) == [("completed", 1, sources - left), ("pending", 0, left)]
-    drain_all(connection)
+
+def test_no_row_stays_locked_while_a_projector_waits_for_sessions(
+    connection: Connection, postgres: PostgresDatabase, sources: int
+) -> None:
+    sessions = value(connection, "SELECT count(*) FROM sessions")
+    with postgres.connect() as other, postgres.connect() as ours, ThreadPoolExecutor(1) as pool:
+        with other.transaction():
+            lock_sessions(other)
+            draining = pool.submit(drain_all, ours)
+            wait_until(lambda: waiting(connection), "the projector to wait for sessions")
+            left = rows(
+                connection,
+                "SELECT source_type FROM reporting_outbox WHERE status = 'pending'"
+                " FOR UPDATE SKIP LOCKED",
+            )
+            assert left == [("session",)] * sessions
+        assert draining.result(60).completed == sources
+
     assert differences(connection) == []
+
+
+def test_a_drain_ends_with_what_was_due_when_it_began(world: World) -> None:
+    org = world.org()
+    session = world.session(org)
+    for _ in range(4):
+        world.enqueue(org, "event", world.event(session))
+
+    drained = 0
+    for batch in drain(world.connection, max_attempts=MAX_ATTEMPTS, batch_size=1):
+        drained += batch.completed
+        world.enqueue(org, "event", world.event(session))
+
+    assert drained == 4
+    assert by_status(world.connection) == [("completed", 1, 4), ("pending", 0, 4)]
+
+
+def test_a_drain_that_lingers_takes_what_becomes_due_meanwhile(
+    world: World, postgres: PostgresDatabase
+) -> None:
+    org = world.org()
+    session = world.session(org)
+    world.enqueue(org, "event", world.event(session))
+
+    drained = 0
+    for batch in drain_in_parallel(postgres, linger_seconds=60):
+        drained += batch.completed
+        if drained == 3:
+            break  # which stops the projectors
+        world.enqueue(org, "event", world.event(session))
+
+    assert by_status(world.connection) == [("completed", 1, 3)]
+    wait_until(
+        lambda: (
+            value(
+                world.connection,
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()",
+            )
+            == 1
+        ),
+        "the projectors to go",
+    )
+
+
+def test_a_drain_that_lingers_ends_when_it_has_done_as_much_as_it_may(
+    ready_world: World, postgres: PostgresDatabase
+) -> None:
+    org = ready_world.org()
+    for _ in range(3):
+        ready_world.tool_call(org)
+
+    drained = [b.completed for b in drain_in_parallel(postgres, max_rows=2, linger_seconds=3600)]
+
+    assert sum(drained) == 2
 
 
 @pytest.fixture
@@ -258,7 +328,6 @@ def test_a_refused_write_is_one_clear_error_that_claims_nothing_and_changes_noth
     after = rows(connection, "SELECT id, status, attempts, last_error FROM reporting_outbox")
     assert sorted(after) == sorted(before)
     assert versions(connection) == set()
-    assert value(connection, "SELECT count(*) FROM everruns_pipelines.outbox_claims") == 0
     assert drain_all(connection).completed == 3
 
 
@@ -305,6 +374,8 @@ def test_batches_that_deadlock_are_tried_again(ready_world: World) -> None:
         ("batch_size", {"batch_size": 0}),
         ("batch_size", {"batch_size": 100_001}),
         ("max_rows", {"max_rows": -1}),
+        ("linger_seconds", {"linger_seconds": -1}),
+        ("linger_seconds", {"linger_seconds": 3601}),
         ("org_id", {"org_id": 4_711}),
     ],
 )

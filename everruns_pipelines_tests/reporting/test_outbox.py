@@ -1,19 +1,19 @@
-"""The outbox: claim, lease, retry, parking, fencing, fairness, purge."""
+"""The outbox: taking rows, retry, parking, enqueueing again, fairness, purge."""
 
 from collections import Counter
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-import psycopg
 import pytest
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT
-from everruns_pipelines.reporting.outbox import Claim, Finished, Outbox, purge
+from everruns_pipelines.reporting.outbox import Finished, Outbox, purge
 from everruns_pipelines.reporting.projector import Failure
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
@@ -33,19 +33,23 @@ HOUR = timedelta(hours=1)
 MALFORMED = "no uuid, but a secret"
 
 
-def opened(connection: Connection, stack: ExitStack) -> Outbox:
-    return stack.enter_context(Outbox.opened(connection, MAX_ATTEMPTS))
+def opened(connection: Connection, stack: ExitStack, org_id: int | None = None) -> Outbox:
+    return stack.enter_context(Outbox.opened(connection, MAX_ATTEMPTS, org_id))
 
 
-def finish(held: Outbox, claim: Claim) -> Finished:
-    others = held.finish(claim, of_sessions=False)
-    sessions = held.finish(claim, of_sessions=True)
-    held.forget(claim)
-    return Finished(
-        others.completed + sessions.completed,
-        others.failed + sessions.failed,
-        others.parked + sessions.parked,
-    )
+@contextmanager
+def taken(connection: Connection, size: int, org_id: int | None = None) -> Generator[Outbox]:
+    """A transaction that holds up to `size` rows."""
+    with Outbox.opened(connection, MAX_ATTEMPTS, org_id) as outbox:
+        cutoff = outbox.cutoff()
+        with transaction(connection):
+            outbox.take(size, cutoff)
+            yield outbox
+
+
+def held(connection: Connection) -> set[UUID]:
+    """The rows that the connection holds."""
+    return {id_ for (id_,) in rows(connection, "SELECT id FROM pg_temp.batch")}
 
 
 def status(world: World, outbox_id: UUID) -> str:
@@ -112,52 +116,47 @@ def project_like_upstream(connection: Connection) -> UUID | None:
     return UUID(str(row[0]))
 
 
-# Claim.
+# Taking rows.
 
 
-def test_a_claim_takes_due_rows_makes_them_processing_and_counts_the_attempt(world: World) -> None:
-    pending, failed = world.tool_call(world.org()), world.tool_call(world.org(), status="failed")
-    later = [
+def test_what_is_due_is_taken_and_nothing_else(world: World) -> None:
+    due = {world.tool_call(world.org()), world.tool_call(world.org(), status="failed")}
+    for status in ("pending", "failed"):
         world.tool_call(world.org(), status=status, next_attempt_at=datetime.now(UTC) + HOUR)
-        for status in ("pending", "failed")
-    ]
-    done = [world.tool_call(world.org(), status=status) for status in ("completed", "processing")]
-    untouched = [outbox(world.connection, id_, "xmin") for id_ in (*later, *done)]
+    for status in ("completed", "processing"):
+        world.tool_call(world.org(), status=status)
+    before = rows(world.connection, "SELECT xmin, id FROM reporting_outbox ORDER BY id")
 
-    with ExitStack() as stack:
-        claim = opened(world.connection, stack).claim(10)
+    with taken(world.connection, 10):
+        assert held(world.connection) == due
 
-        assert claim is not None
-        assert claim.size == 2
-        for id_ in (pending, failed):
-            claimed = outbox(world.connection, id_, "status", "attempts", "claimed_at")
-            assert claimed == ("processing", 1, claim.claimed_at)
-        assert [outbox(world.connection, id_, "xmin") for id_ in (*later, *done)] == untouched
+    after = rows(world.connection, "SELECT xmin, id FROM reporting_outbox ORDER BY id")
+    assert after == before
 
 
-def test_what_is_claimed_is_claimed_by_nobody_else(
-    world: World, postgres: PostgresDatabase
-) -> None:
-    world.tool_call(world.org())
-    with postgres.connect() as other, ExitStack() as stack:
-        assert opened(world.connection, stack).claim(10) is not None
-        assert opened(other, stack).claim(10) is None
+def test_what_is_enqueued_after_the_cutoff_is_left_to_the_next_drain(world: World) -> None:
+    before = world.tool_call(world.org())
+    with Outbox.opened(world.connection, MAX_ATTEMPTS) as outbox:
+        cutoff = outbox.cutoff()
+        after = world.tool_call(world.org())
+        with transaction(world.connection):
+            assert outbox.take(10, cutoff) == 1
+            assert held(world.connection) == {before}
+        with transaction(world.connection):
+            assert outbox.take(10, outbox.cutoff()) == 2
+            assert held(world.connection) == {before, after}
 
 
-def test_rows_that_somebody_else_is_claiming_are_skipped_not_waited_for(
+def test_rows_that_somebody_holds_are_skipped_not_waited_for(
     world: World, postgres: PostgresDatabase
 ) -> None:
     org = world.org()
     theirs, ours = world.tool_call(org), world.tool_call(org)
+    world.connection.execute("SET lock_timeout = '5s'")
     with postgres.connect() as other, other.transaction():
         other.execute("SELECT FROM reporting_outbox WHERE id = %s FOR UPDATE", [theirs])
-        with ExitStack() as stack:
-            claim = opened(world.connection, stack).claim(10)
-            assert claim is not None
-            assert claim.size == 1
-            assert status(world, ours) == "processing"
-            assert status(world, theirs) == "pending"
-            world.connection.execute("SET lock_timeout = '5s'")
+        with taken(world.connection, 10):
+            assert held(world.connection) == {ours}
 
 
 def test_a_foreign_projector_beside_ours_and_every_row_is_completed_once(
@@ -186,7 +185,7 @@ def test_a_foreign_projector_beside_ours_and_every_row_is_completed_once(
     assert value(world.connection, "SELECT count(*) FROM fact_tool_call") == len(ids)
 
 
-def test_claiming_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(world: World) -> None:
+def test_taking_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(world: World) -> None:
     big, small = world.org(), [world.org() for _ in range(3)]
     session = world.session(big)
     for _ in range(50):
@@ -195,21 +194,13 @@ def test_claiming_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(worl
         for _ in range(2):
             world.tool_call(org)
 
-    with ExitStack() as stack:
-        claim = opened(world.connection, stack).claim(20)
+    with taken(world.connection, 20):
+        orgs = Counter(org for (org,) in rows(world.connection, "SELECT org_id FROM pg_temp.batch"))
 
-    assert claim is not None
-    assert claim.size == 20
-    claimed = Counter(
-        org
-        for (org,) in rows(
-            world.connection, "SELECT org_id FROM reporting_outbox WHERE claimed_at IS NOT NULL"
-        )
-    )
-    assert claimed == {big: 14, **dict.fromkeys(small, 2)}
+    assert orgs == {big: 14, **dict.fromkeys(small, 2)}
 
 
-def test_a_claim_reads_what_it_takes_however_many_rows_another_tenant_has_waiting(
+def test_taking_reads_what_it_takes_however_many_rows_another_tenant_has_waiting(
     world: World,
 ) -> None:
     big, *_, small = [world.org() for _ in range(50)]
@@ -222,39 +213,12 @@ def test_a_claim_reads_what_it_takes_however_many_rows_another_tenant_has_waitin
     world.tool_call(small)
     world.connection.execute("ANALYZE reporting_outbox")
 
-    with ExitStack() as stack:
-        held = opened(world.connection, stack)
-        before = index_entries_read(world.connection)
-        claim = held.claim(100)
-        read = index_entries_read(world.connection) - before
+    before = index_entries_read(world.connection)
+    with taken(world.connection, 100):
+        assert len(held(world.connection)) == 100
+    read = index_entries_read(world.connection) - before
 
-    assert claim is not None
-    assert claim.size == 100
     assert read < 2_000
-
-
-def test_a_claim_in_the_same_microsecond_as_anothers_is_made_again(
-    world: World, postgres: PostgresDatabase
-) -> None:
-    world.tool_call(world.org())
-    claimed_at = "timestamptz '2026-01-01 00:00:00Z'"
-    world.connection.execute(
-        f"INSERT INTO everruns_pipelines.outbox_claims VALUES ({claimed_at}, 1);"
-        "CREATE SEQUENCE claims;"
-        "CREATE FUNCTION collide() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        f" IF nextval('claims') = 1 THEN NEW.claimed_at := {claimed_at}; END IF;"
-        " RETURN NEW; END $$;"
-        "CREATE TRIGGER collide BEFORE INSERT ON everruns_pipelines.outbox_claims"
-        " FOR EACH ROW EXECUTE FUNCTION collide()"
-    )
-
-    with postgres.connect() as other, ExitStack() as stack:
-        other.execute("SELECT pg_advisory_lock(1)")  # whoever made the other claim is alive
-        claim = opened(world.connection, stack).claim(10)
-
-    assert claim is not None
-    assert claim.size == 1
-    assert value(world.connection, "SELECT last_value FROM claims") == 2
 
 
 def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None:
@@ -266,17 +230,13 @@ def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None
     )
     world.connection.execute("ANALYZE reporting_outbox")
 
-    with ExitStack() as stack:
-        held = opened(world.connection, stack)
-        claim = held.claim(1_000)
-        assert claim is not None
-        with transaction(world.connection):
-            before = index_entries_read(world.connection)
-            finished = held.finish(claim, of_sessions=False)
-        read = index_entries_read(world.connection) - before
+    with taken(world.connection, 1_000) as outbox:
+        before = index_entries_read(world.connection)
+        finished = outbox.finish()
+    read = index_entries_read(world.connection) - before
 
     assert finished == Finished(1_000, 0, 0)
-    assert read < 10_000
+    assert read < 2_000
 
 
 def test_of_more_organizations_than_a_batch_holds_the_oldest_rows_come_first(world: World) -> None:
@@ -285,19 +245,14 @@ def test_of_more_organizations_than_a_batch_holds_the_oldest_rows_come_first(wor
         world.tool_call(world.org(), next_attempt_at=now - timedelta(minutes=number))
         for number in (3, 5, 1, 4, 2)
     ]
-    order: list[UUID] = []
+    order: list[set[UUID]] = []
 
-    with ExitStack() as stack:
-        held = opened(world.connection, stack)
-        while claim := held.claim(2):
-            taken = rows(
-                world.connection,
-                "SELECT id FROM reporting_outbox WHERE claimed_at = %s ORDER BY next_attempt_at",
-                claim.claimed_at,
-            )
-            order += [id_ for (id_,) in taken]
+    for _ in range(3):
+        with taken(world.connection, 2) as outbox:
+            order.append(held(world.connection))
+            outbox.finish()
 
-    assert order == [ids[number] for number in (1, 3, 0, 4, 2)]
+    assert order == [{ids[1], ids[3]}, {ids[0], ids[4]}, {ids[2]}]
 
 
 def test_within_an_organization_the_oldest_rows_come_first_whatever_their_status(
@@ -309,13 +264,11 @@ def test_within_an_organization_the_oldest_rows_come_first_whatever_their_status
         for status, minutes in (("pending", 1), ("failed", 4), ("pending", 3), ("failed", 2))
     ]
 
-    with ExitStack() as stack:
-        assert opened(world.connection, stack).claim(2) is not None
-
-    assert [status(world, id_) for id_ in ids] == ["pending", "processing", "processing", "failed"]
+    with taken(world.connection, 2):
+        assert held(world.connection) == {ids[1], ids[2]}
 
 
-def test_a_claim_for_one_organization_takes_no_other_ones_rows(world: World) -> None:
+def test_what_is_taken_for_one_organization_is_no_other_ones(world: World) -> None:
     ours, theirs = world.org(), world.org()
     for org in (ours, theirs):
         world.tool_call(org)
@@ -327,30 +280,18 @@ def test_a_claim_for_one_organization_takes_no_other_ones_rows(world: World) -> 
     assert left == [(theirs,)]
 
 
-# Lost claims.
+# Rows of foreign projectors that died, and of earlier releases.
 
 
-def test_a_row_that_is_processing_for_over_15_minutes_is_pending_again(world: World) -> None:
-    now = datetime.now(UTC)
-    stale, working = (
-        world.tool_call(world.org(), status="processing", attempts=1, claimed_at=now - age)
-        for age in (timedelta(minutes=15, seconds=1), timedelta(minutes=14))
-    )
-
-    drained = drain_all(world.connection)
-
-    assert drained.completed == 1
-    assert outbox(world.connection, stale, "status", "attempts") == ("completed", 2)
-    assert outbox(world.connection, working, "status", "attempts") == ("processing", 1)
-
-
-def test_a_row_that_is_processing_since_nobody_knows_when_is_pending_after_its_last_change(
-    world: World,
+@pytest.mark.parametrize("told_by", ["claimed_at", "updated_at"])
+def test_a_row_that_is_processing_for_over_15_minutes_is_pending_again(
+    world: World, told_by: str
 ) -> None:
+    """One that does not say when it was claimed was claimed when it last changed."""
     now = datetime.now(UTC)
     stale, working = (
         world.tool_call(
-            world.org(), status="processing", attempts=MAX_ATTEMPTS, updated_at=now - age
+            world.org(), status="processing", attempts=MAX_ATTEMPTS, **{told_by: now - age}
         )
         for age in (timedelta(minutes=15, seconds=1), timedelta(minutes=14))
     )
@@ -358,75 +299,54 @@ def test_a_row_that_is_processing_since_nobody_knows_when_is_pending_after_its_l
     drained = drain_all(world.connection)
 
     assert drained.completed == 1
-    assert status(world, stale) == "completed"
+    assert outbox(world.connection, stale, "status", "attempts") == ("completed", MAX_ATTEMPTS)
     assert status(world, working) == "processing"
 
 
-def test_the_rows_of_a_projector_that_died_return_at_once(
+def test_the_death_of_a_foreign_projector_is_no_failure_of_the_rows_that_it_held(
+    world: World,
+) -> None:
+    id_ = failing_row(
+        world,
+        status="processing",
+        attempts=MAX_ATTEMPTS - 1,
+        claimed_at=datetime.now(UTC) - HOUR,
+    )
+
+    drained = drain_all(world.connection)
+
+    assert (drained.failed, drained.parked) == (1, 0)
+    assert outbox(world.connection, id_, "status", "attempts") == ("failed", MAX_ATTEMPTS - 1)
+
+
+def test_stale_rows_that_another_projector_is_returning_are_returned_once(
     world: World, postgres: PostgresDatabase
 ) -> None:
-    id_ = world.tool_call(world.org())
-    with postgres.connect() as dying, ExitStack() as stack:
-        claim = opened(dying, stack).claim(10)
-        assert claim is not None
-        assert drain_all(world.connection).claimed == 0
-        world.connection.execute("SELECT pg_terminate_backend(%s)", [dying.info.backend_pid])
-        with pytest.raises(psycopg.OperationalError):
-            dying.execute("SELECT")
-
-    assert drain_all(world.connection).completed == 1
-    assert outbox(world.connection, id_, "status", "attempts") == ("completed", 2)
-    assert value(world.connection, "SELECT count(*) FROM everruns_pipelines.outbox_claims") == 0
-
-
-def test_a_row_whose_projectors_keep_dying_is_parked_and_blames_no_row(world: World) -> None:
     long_ago = datetime.now(UTC) - HOUR
-    id_ = world.tool_call(
-        world.org(), status="processing", attempts=MAX_ATTEMPTS, claimed_at=long_ago
-    )
-    world.connection.execute("UPDATE reporting_outbox SET next_attempt_at = %s", [long_ago - HOUR])
+    id_ = world.tool_call(world.org(), status="processing", attempts=1, claimed_at=long_ago)
+    with postgres.connect() as upstream:
+        with upstream.transaction():
+            upstream.execute(
+                "UPDATE reporting_outbox SET attempts = 2, claimed_at = now() WHERE id = %s", [id_]
+            )
+            assert drain_all(world.connection).claimed == 0
+        assert drain_all(world.connection).claimed == 0
 
-    assert drain_all(world.connection).claimed == 0
-
-    parked = outbox(world.connection, id_, "status", "last_error")
-    assert parked == ("failed", "its projector died while working on it")
-    assert value(world.connection, "SELECT next_attempt_at = 'infinity' FROM reporting_outbox")
+    assert outbox(world.connection, id_, "status", "attempts") == ("processing", 2)
 
 
 def test_attempts_that_succeeded_before_a_backfill_do_not_count_towards_parking(
-    world: World, postgres: PostgresDatabase
+    world: World,
 ) -> None:
     connection = world.connection
     world.session(world.org())
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS + 1):
         connection.execute("UPDATE sessions SET total_input_tokens = total_input_tokens + 1")
         assert enqueue(connection, BackfillRequest())["sessions"] == 1
         assert drain_all(connection).completed == 1
-    connection.execute("UPDATE sessions SET total_input_tokens = total_input_tokens + 1")
-    enqueue(connection, BackfillRequest())
-    with postgres.connect() as dying, ExitStack() as stack:
-        assert opened(dying, stack).claim(10) is not None
-        dying.close()
 
-    wait_until(lambda: drain_all(connection).completed == 1, "the row to be returned")
-
-    assert rows(connection, "SELECT status, attempts FROM reporting_outbox") == [("completed", 2)]
+    assert rows(connection, "SELECT status, attempts FROM reporting_outbox") == [("completed", 1)]
     assert differences(connection) == []
-
-
-def test_a_row_that_was_enqueued_again_before_its_projector_died_gets_its_one_attempt(
-    world: World,
-) -> None:
-    id_ = world.tool_call(
-        world.org(),
-        status="processing",
-        attempts=MAX_ATTEMPTS,
-        claimed_at=datetime.now(UTC) - HOUR,
-    )
-    application_enqueues(world.connection, id_)
-
-    assert drain_all(world.connection).completed == 1
-    assert status(world, id_) == "completed"
 
 
 # Failure.
@@ -505,13 +425,9 @@ def test_a_source_id_that_is_no_uuid_fails_and_its_error_holds_no_payload(world:
 def test_last_error_holds_2000_characters_at_most(world: World) -> None:
     id_ = world.tool_call(world.org())
     [(org, source)] = rows(world.connection, "SELECT org_id, source_id FROM reporting_outbox")
-    with ExitStack() as stack:
-        held = opened(world.connection, stack)
-        claim = held.claim(1)
-        assert claim is not None
-        with transaction(world.connection):
-            held.fail(EVENT, [Failure(org, source, "x" * 5_000)])
-            finish(held, claim)
+    with taken(world.connection, 1) as held_outbox:
+        held_outbox.note_failures(EVENT, [Failure(org, source, "x" * 5_000)])
+        held_outbox.finish()
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
 
@@ -548,54 +464,30 @@ def test_unknown_types_vanished_sources_and_another_orgs_sources_complete_as_no_
     assert value(world.connection, "SELECT count(*) FROM fact_session") == 0
 
 
-# Fencing and re-enqueueing.
+# Enqueueing again.
 
 
-def test_a_worker_that_lost_its_claim_completes_nothing(
-    world: World, postgres: PostgresDatabase
-) -> None:
-    lost, kept = (world.tool_call(world.org()) for _ in range(2))
-    with postgres.connect() as other, ExitStack() as stack:
-        slow = opened(world.connection, stack)
-        claim = slow.claim(10)
-        assert claim is not None
-        with transaction(world.connection):
-            other.execute(
-                "UPDATE reporting_outbox SET claimed_at = claimed_at - interval '16 minutes'"
-                " WHERE id = %s",
-                [lost],
-            )
-            taken_over = opened(other, stack).claim(10)
-            assert taken_over is not None
-            finished = finish(slow, claim)
-
-        assert finished == Finished(completed=1, failed=0, parked=0)
-        assert status(world, kept) == "completed"
-        now_held = outbox(world.connection, lost, "status", "claimed_at", "attempts")
-        assert now_held == ("processing", taken_over.claimed_at, 2)
-
-
-@pytest.mark.parametrize("source", ["good", "bad"])
-def test_a_row_enqueued_again_while_it_is_processing_is_pending_again(
-    world: World, postgres: PostgresDatabase, source: str
+@pytest.mark.parametrize(("source", "afterwards"), [("good", "pending"), ("bad", "failed")])
+def test_a_row_enqueued_again_while_a_batch_holds_it_is_due_again(
+    world: World, postgres: PostgresDatabase, source: str, afterwards: str
 ) -> None:
     id_ = world.tool_call(world.org()) if source == "good" else failing_row(world)
-    with postgres.connect() as application, ExitStack() as stack:
-        held = opened(world.connection, stack)
-        claim = held.claim(10)
-        assert claim is not None
-        with transaction(world.connection):
-            application_enqueues(application, id_)
-            assert finish(held, claim) == Finished(completed=0, failed=0, parked=0)
+    with postgres.connect() as application, ThreadPoolExecutor(1) as pool:
+        with taken(world.connection, 10) as held_outbox:
+            enqueueing = pool.submit(application_enqueues, application, id_)
+            with postgres.connect() as watcher:
+                wait_until(lambda: waiting(watcher), "the application to wait for the batch")
+            held_outbox.finish()
+        enqueueing.result(30)
 
-    assert status(world, id_) == "pending"
+    assert status(world, id_) == afterwards
     assert value(world.connection, "SELECT next_attempt_at <= now() FROM reporting_outbox")
 
 
 def test_a_change_during_a_batch_is_projected_afterwards(
     world: World, postgres: PostgresDatabase
 ) -> None:
-    """The source changes and is enqueued again after the batch has read it."""
+    """The source changes, and is enqueued again, while the batch waits for what somebody holds."""
     org = world.org()
     session = world.session(org)
     id_ = world.enqueue(org, "session", session)
@@ -609,7 +501,7 @@ def test_a_change_during_a_batch_is_projected_afterwards(
             wait_until(lambda: waiting(world.connection), "the batch to write")
             world.connection.execute("UPDATE sessions SET total_input_tokens = 2")
             application_enqueues(world.connection, id_)
-        assert draining.result(30).claimed == 1
+        draining.result(30)
     assert status(world, id_) == "pending"
 
     drain_all(world.connection)
@@ -642,20 +534,7 @@ def test_completed_rows_that_are_enqueued_again_are_projected_again(world: World
     assert differences(world.connection) == []
 
 
-# Release and purge.
-
-
-def test_released_rows_are_due_as_if_they_had_not_been_claimed(world: World) -> None:
-    id_ = world.tool_call(world.org(), attempts=3)
-    before = outbox(world.connection, id_, "status", "attempts", "next_attempt_at")
-    with ExitStack() as stack:
-        held = opened(world.connection, stack)
-        claim = held.claim(10)
-        assert claim is not None
-        held.release(claim)
-
-    assert outbox(world.connection, id_, "status", "attempts", "next_attempt_at") == before
-    assert value(world.connection, "SELECT count(*) FROM everruns_pipelines.outbox_claims") == 0
+# Purge.
 
 
 def test_purge_removes_completed_rows_older_than_the_age_and_no_others(world: World) -> None:

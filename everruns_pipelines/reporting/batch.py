@@ -1,0 +1,139 @@
+"""A batch: due rows are taken, projected, and completed or failed, in one transaction.
+
+While it lasts, whoever enqueues one of its rows waits for it: so it is kept short, and nothing in
+it waits for another projector.
+"""
+
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from threading import Event
+
+import psycopg
+from psycopg import sql
+
+from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
+from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.outbox import Outbox
+from everruns_pipelines.reporting.projector import (
+    Outcome,
+    lock_sessions,
+    project_selection,
+    projections_of,
+    stage,
+    staged_parts,
+    try_lock_sessions,
+)
+
+# Sessions come last: until the transaction has ended, nobody else projects any.
+_ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
+_SELECTED = sql.SQL(
+    "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
+)
+
+_SECONDS = 0.2  # that a batch should take
+_FIRST = 500  # rows: how long they take is not known yet
+_SHORT_WAIT = "SET LOCAL lock_timeout = '200ms'"
+_LOCKED_SECONDS = 60
+
+
+@dataclass
+class Drained:
+    """What was done: outbox rows by how they ended, and what was written where.
+
+    Parked rows are among the failed.
+    """
+
+    claimed: int = 0
+    completed: int = 0
+    failed: int = 0
+    parked: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def add(self, batch: "Drained") -> None:
+        """Take in what another batch did."""
+        self.claimed += batch.claimed
+        self.completed += batch.completed
+        self.failed += batch.failed
+        self.parked += batch.parked
+        self.outcome.add(batch.outcome)
+
+    def result(self) -> dict[str, int]:
+        """The counts of the interface."""
+        return {
+            "claimed": self.claimed,
+            "completed": self.completed,
+            "failed": self.failed,
+            "parked": self.parked,
+        }
+
+
+class Batches:
+    """Batches on one connection, each as large as fits into the time that it may take."""
+
+    def __init__(self, connection: Connection, outbox: Outbox, largest: int, stop: Event) -> None:
+        self._connection = connection
+        self._outbox = outbox
+        self._largest = largest
+        self._stop = stop
+        self._awaits_sessions = False
+        self.size = min(largest, _FIRST)
+
+    def project(self, size: int, cutoff: datetime) -> Drained | None:
+        """Project up to `size` rows that were due at the cutoff; None if there are none.
+
+        Raises:
+            psycopg.Error: the database refused or went away; nothing of the batch is done.
+        """
+        deadline = time.monotonic() + _LOCKED_SECONDS
+        while True:
+            started = time.monotonic()
+            try:
+                drained = tried_again(partial(self._project, size, cutoff))
+            except psycopg.errors.LockNotAvailable:
+                # Not a projector of ours: a day that is made right, a migration. Our rows are free
+                # for others while we wait.
+                if time.monotonic() > deadline or self._stop.wait(_SECONDS):
+                    raise
+                continue
+            if drained is not None:
+                self._adapt(drained.claimed, time.monotonic() - started)
+            return drained
+
+    def _project(self, size: int, cutoff: datetime) -> Drained | None:
+        connection = self._connection
+        with transaction(connection):
+            if self._awaits_sessions:
+                # Before any row is taken: so nobody waits for a row while we wait for a projector.
+                lock_sessions(connection)
+            connection.execute(_SHORT_WAIT)
+            # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
+            connection.execute("SET LOCAL random_page_cost = 1.1")
+            taken = self._outbox.take(size, cutoff)
+            if not taken:
+                self._awaits_sessions = False
+                return None
+            stage(connection, _SELECTED, {})
+            parts = staged_parts(connection)
+            done = Drained()
+            for source in _ORDER:
+                if source.type not in parts:
+                    continue
+                if source is SESSION and not try_lock_sessions(connection):
+                    taken -= self._outbox.leave_sessions()
+                    self._awaits_sessions = True
+                    break
+                outcome = project_selection(connection, projections_of(source), *parts[source.type])
+                self._outbox.note_failures(source, outcome.failures)
+                done.outcome.add(Outcome(outcome.counts))
+            else:
+                self._awaits_sessions = False
+            finished = self._outbox.finish()
+        done.add(Drained(taken, finished.completed, finished.failed, finished.parked))
+        return done
+
+    def _adapt(self, rows: int, seconds: float) -> None:
+        fitting = int(rows * _SECONDS / max(seconds, 0.001))
+        if fitting < self.size or rows >= self.size:
+            self.size = max(1, min(fitting, 2 * self.size, self._largest))
