@@ -109,13 +109,13 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
 
         A group of the project may have the name of one of ours: jobs select none of its assets.
         """
-        keys = [spec.key for spec in definitions.resolve_all_asset_specs()]
-        ours = dg.AssetSelection.assets(*keys)
+        made = [one for one in definitions.assets if isinstance(one, dg.AssetsDefinition)]
+        ours = dg.AssetSelection.assets(*made)
         renamed: dict[str, Any] = {}
         for job in definitions.jobs:
             name = f"{self.prefix}_{job.name}" if self.prefix else job.name
             renamed[job.name] = (
-                job.graph.to_job(  # pyright: ignore[reportUnknownMemberType]
+                _renamed(job.graph, name).to_job(  # pyright: ignore[reportUnknownMemberType]
                     name, job.description, executor_def=job.executor_def, tags=job.tags
                 )
                 if isinstance(job, dg.JobDefinition)
@@ -128,3 +128,13 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
                 )
             )
         return renamed
+
+
+def _renamed(graph: dg.GraphDefinition, name: str) -> dg.GraphDefinition:
+    """The same graph: in a project no two may have one name, whatever their jobs are called."""
+    return dg.GraphDefinition(
+        name,
+        description=graph.description,
+        node_defs=graph.node_defs,
+        dependencies=graph.dependencies,
+    )

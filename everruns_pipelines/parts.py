@@ -59,10 +59,14 @@ def _items(settings: Settings) -> dg.Definitions:
 
 
 def _operations(settings: Settings) -> dg.Definitions:
-    return dg.Definitions(
-        assets=[pipeline_health(settings)],
-        jobs=[measure_health, housekeeping(settings)],
-        schedules=[housekeeping_schedule(settings), health_schedule],
+    health = dg.Definitions(
+        assets=[pipeline_health(settings)], jobs=[measure_health], schedules=[health_schedule]
+    )
+    if settings.is_guest and "reporting" not in settings.parts:
+        return health  # nothing to keep: neither an outbox nor run records
+    return dg.Definitions.merge(
+        health,
+        dg.Definitions(jobs=[housekeeping(settings)], schedules=[housekeeping_schedule(settings)]),
     )
 
 

@@ -26,7 +26,7 @@ _KEPT_EVENTS = {
 _PAGE = 200
 
 
-@dg.op(pool="postgres", retry_policy=RETRIES)
+@dg.op(name="everruns_purge_outbox", pool="postgres", retry_policy=RETRIES)
 def purge_outbox(
     context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> None:
@@ -42,7 +42,7 @@ def purge_outbox(
     context.add_output_metadata({"removed": removed, "keep_days": days})
 
 
-@dg.op(retry_policy=RETRIES)
+@dg.op(name="everruns_purge_runs", retry_policy=RETRIES)
 def purge_runs(
     context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> None:
@@ -78,9 +78,9 @@ def housekeeping(settings: Settings) -> dg.JobDefinition:
     def housekeeping() -> None:
         """Remove old completed outbox rows, and old run records that hold no materialization."""
         if "reporting" in settings.parts:
-            purge_outbox()
+            purge_outbox.alias("purge_outbox")()  # pyright: ignore[reportUnknownMemberType]
         if not settings.is_guest:
-            purge_runs()
+            purge_runs.alias("purge_runs")()  # pyright: ignore[reportUnknownMemberType]
 
     return housekeeping
 
