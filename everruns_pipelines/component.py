@@ -122,6 +122,7 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
                 else dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
                     name,
                     selection=job.selection & ours,
+                    config=job.config,
                     description=job.description,
                     tags=job.tags,
                     executor_def=job.executor_def,

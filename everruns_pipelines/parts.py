@@ -11,7 +11,7 @@ from everruns_pipelines.items.automation import (
     item_schedules,
     materialize_items,
 )
-from everruns_pipelines.items.jobs import rebuild_items
+from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
@@ -20,7 +20,11 @@ from everruns_pipelines.reporting.automation import (
     reporting_outbox_sensor,
     reporting_schedules,
 )
-from everruns_pipelines.reporting.jobs import backfill_reporting, project_reporting
+from everruns_pipelines.reporting.jobs import (
+    backfill_reporting,
+    check_reporting,
+    project_reporting,
+)
 from everruns_pipelines.settings import Part, Settings
 
 # Dagster hands its sensors a young parameter when it resolves them; nobody here gives one.
@@ -30,9 +34,8 @@ warnings.filterwarnings("ignore", ".*owners.*SensorDefinition", dg.BetaWarning)
 def definitions_of_parts(settings: Settings) -> dg.Definitions:
     """What the parts that are on define, and what serves them both. Resources are not among it."""
     with warnings.catch_warnings():
-        # Single-run backfills and partitioned checks: young, and chosen on purpose.
+        # Single-run backfills: young, and chosen on purpose.
         warnings.simplefilter("ignore", dg.BetaWarning)
-        warnings.simplefilter("ignore", dg.PreviewWarning)
         parts = [_OF_PART[part](settings) for part in settings.parts]
     return dg.Definitions.merge(*parts, _operations(settings))
 
@@ -41,7 +44,7 @@ def _reporting(settings: Settings) -> dg.Definitions:
     return dg.Definitions(
         assets=[*source_assets(settings), *fact_assets(settings)],
         asset_checks=fact_checks(settings),
-        jobs=[backfill_reporting, project_reporting, materialize_reporting],
+        jobs=[backfill_reporting, project_reporting, materialize_reporting, check_reporting],
         sensors=[reporting_outbox_sensor],
         schedules=reporting_schedules(settings),
     )
@@ -52,7 +55,7 @@ def _items(settings: Settings) -> dg.Definitions:
     return dg.Definitions(
         assets=[span_table(settings), items.asset],
         asset_checks=[items.checks],
-        jobs=[rebuild_items, materialize_items],
+        jobs=[rebuild_items, materialize_items, check_items],
         sensors=[item_failures_sensor],
         schedules=item_schedules(settings),
     )

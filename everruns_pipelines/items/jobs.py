@@ -10,6 +10,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
+from everruns_pipelines.orchestration.checks import check_job
 from everruns_pipelines.orchestration.failures import RETRIES
 
 
@@ -69,3 +70,6 @@ def rebuild_op(
 def rebuild_items() -> None:
     """The op `rebuild` alone, in the run's own process."""
     rebuild_op.alias("rebuild")()  # pyright: ignore[reportUnknownMemberType]
+
+
+check_items = check_job("check_items", "items", ["items"])

@@ -15,8 +15,10 @@ from pydantic import Field
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.checks import check_job
 from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.reporting.catalog import FACTS
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.drain import Drained
@@ -175,3 +177,6 @@ def backfill_reporting() -> None:
 def project_reporting() -> None:
     """Project what is due in the outbox."""
     project_op.alias("project")()  # pyright: ignore[reportUnknownMemberType]
+
+
+check_reporting = check_job("check_reporting", "reporting", (fact.table for fact in FACTS))
