@@ -25,6 +25,10 @@ def ensure(connection: Connection, table: LiteralString, script: LiteralString) 
         with transaction(connection):
             # Two first runs at once: CREATE ... IF NOT EXISTS is not safe against itself.
             connection.execute("SELECT pg_advisory_xact_lock(hashtext('everruns_pipelines'))")
+            # IF NOT EXISTS would ask for the right to make schemas, though it is there.
+            made = connection.execute("SELECT to_regnamespace('everruns_pipelines')").fetchone()
+            if made == (None,):
+                connection.execute("CREATE SCHEMA everruns_pipelines")
             connection.execute(sql.SQL(script))
             connection.execute(
                 sql.SQL("COMMENT ON TABLE {} IS {}").format(sql.SQL(table), sql.Literal(version))

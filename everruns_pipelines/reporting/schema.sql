@@ -1,7 +1,5 @@
 -- What reporting needs of its own in PostgreSQL. Idempotent; the platform's tables are not touched.
 
-CREATE SCHEMA IF NOT EXISTS everruns_pipelines;
-
 -- A number out of JSON: the value of text that is digits only and fits, else `otherwise`.
 CREATE OR REPLACE FUNCTION everruns_pipelines.digits(value text, otherwise bigint)
 RETURNS bigint LANGUAGE sql STABLE PARALLEL SAFE
