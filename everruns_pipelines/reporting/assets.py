@@ -22,7 +22,7 @@ from everruns_pipelines.orchestration.checks import (
     check_specs,
     days_to_check,
 )
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
@@ -90,7 +90,6 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
         pool="postgres",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
