@@ -65,6 +65,12 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
     nightly_at: Annotated[str | None, Field(description="UTC time of day, 'HH:MM'.")] = None
     weekly_at: Annotated[str | None, Field(description="Such as 'Sun 02:00', UTC.")] = None
     purge_at: Annotated[str | None, Field(description="UTC time of day, 'HH:MM'.")] = None
+    alert_urls: Annotated[
+        str | None, Field(description="Apprise URLs, separated by white space. Secrets.")
+    ] = None
+    public_url: Annotated[
+        str | None, Field(description="Where people see the UI, for links in alerts.")
+    ] = None
     outbox_keep_days: Annotated[
         int | None, Field(description="Days to keep completed outbox rows.")
     ] = None
@@ -89,6 +95,8 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
             ],
             sensors=[
                 one.with_updated_jobs([jobs[target.job_name] for target in one.targets])
+                if one.targets
+                else one
                 for one in definitions.sensors
                 if self.automation
             ],

@@ -12,6 +12,7 @@ from everruns_pipelines.items.automation import (
     materialize_items,
 )
 from everruns_pipelines.items.jobs import check_items, rebuild_items
+from everruns_pipelines.operations.alert_sensor import alert_sensors
 from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
@@ -37,7 +38,10 @@ def definitions_of_parts(settings: Settings) -> dg.Definitions:
         # Single-run backfills: young, and chosen on purpose.
         warnings.simplefilter("ignore", dg.BetaWarning)
         parts = [_OF_PART[part](settings) for part in settings.parts]
-    return dg.Definitions.merge(*parts, _operations(settings))
+    definitions = dg.Definitions.merge(*parts, _operations(settings))
+    return dg.Definitions.merge(
+        definitions, dg.Definitions(sensors=alert_sensors(settings, definitions))
+    )
 
 
 def _reporting(settings: Settings) -> dg.Definitions:

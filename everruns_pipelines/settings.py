@@ -129,6 +129,14 @@ def _parts(value: Any) -> Any:
     return tuple(part for part in PARTS if part in named)
 
 
+def _urls(value: SecretStr) -> SecretStr:
+    """Whether each is one that Apprise knows, `alert-test` finds out: loading it takes a while."""
+    urls = value.get_secret_value().split()
+    if not urls or not all(re.match(r"[a-z][a-z0-9+.-]*://\S", url) for url in urls):
+        raise ValueError("not such URLs")
+    return value
+
+
 def _not_in_the_future(value: date) -> date:
     if value > datetime.now(UTC).date():
         raise ValueError("in the future")
@@ -209,6 +217,11 @@ class Settings(BaseModel):
         alias="EVERRUNS_ALLOWED_HOSTS",
         pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
         description="host names without ports, separated by commas",
+    )
+    alert_urls: Annotated[SecretStr, AfterValidator(_urls)] | None = Field(
+        None,
+        alias="EVERRUNS_ALERT_URLS",
+        description="Apprise URLs, separated by white space: json://host/path mailto://...",
     )
     public_url: str | None = Field(
         None,
