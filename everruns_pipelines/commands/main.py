@@ -20,6 +20,7 @@ from everruns_pipelines.commands import (
     dev,
     diagnose,
     doctor,
+    erase,
     init,
     project,
     rebuild,
@@ -40,11 +41,17 @@ _COMMANDS = (
     backfill,
     project,
     rebuild,
+    erase,
     diagnose,
     alert_test,
 )
 
-_PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
+_PART_OF: Mapping[str, Part] = {
+    "backfill": "reporting",
+    "project": "reporting",
+    "erase": "reporting",
+    "rebuild": "items",
+}
 
 _DONE, _FAILED, _REFUSED = 0, 1, 2
 
@@ -86,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
 def _refuse_part_that_is_off(command: str, options: argparse.Namespace, settings: Settings) -> None:
     """What is on in a deployment elsewhere (`--url`), that one says itself."""
     part = _PART_OF.get(command)
-    if part is not None and part not in settings.parts and options.url is None:
+    if part is not None and part not in settings.parts and not getattr(options, "url", None):
         raise Refusal(
             f"{command} is of {part}, which is off here: EVERRUNS_PARTS must name {part}",
             code="not_found_error",

@@ -39,7 +39,7 @@ class Receiver:
                 self.send_response(receiver.status)
                 self.end_headers()
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
                 return
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
