@@ -26,6 +26,7 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
@@ -44,6 +45,7 @@ _COMMANDS = (
     erase,
     diagnose,
     alert_test,
+    url,
 )
 
 _PART_OF: Mapping[str, Part] = {
