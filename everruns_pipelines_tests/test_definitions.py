@@ -33,16 +33,31 @@ def test_the_definitions_load() -> None:
 
 
 def test_loading_the_definitions_loads_no_driver_and_no_engine() -> None:
-    heavy = "{'chdb', 'clickhouse_connect', 'fsspec', 'pandas', 'psycopg', 'pyarrow', 'rich'}"
+    heavy = {"apprise", "chdb", "clickhouse_connect", "fsspec", "pandas", "psycopg", "pyarrow"}
+    heavy |= {"requests", "rich"}
     code = (
         "import sys, dagster; before = set(sys.modules);"
-        "from everruns_pipelines.definitions import defs;"
+        "from everruns_pipelines.definitions import defs; import everruns_pipelines.client;"
         f"print(sorted({heavy} & (set(sys.modules) - before)))"
     )
     told = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
     assert told.stdout.strip() == "[]"
+
+
+def test_a_backfill_is_one_run_unless_it_is_to_be_cut() -> None:
+    cut = Settings.from_environment({"EVERRUNS_MAX_PARTITIONS_PER_RUN": "30"})
+    for settings, most in ((Settings.from_environment({}), None), (cut, 30)):
+        partitioned = [
+            asset
+            for asset in build_definitions(settings).resolve_asset_graph().asset_nodes
+            if asset.is_materializable and asset.partitions_def is not None
+        ]
+        assert len(partitioned) == 7
+        for asset in partitioned:
+            assert asset.backfill_policy is not None
+            assert asset.backfill_policy.max_partitions_per_run == most
 
 
 def test_every_column_of_an_asset_is_described() -> None:
