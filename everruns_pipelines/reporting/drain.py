@@ -95,15 +95,20 @@ def drain_in_parallel(
     batch_size: int = 5000,
     max_rows: int | None = None,
     linger_seconds: int = 0,
+    stop: Event | None = None,
 ) -> Generator[Drained]:
     """Drain with several projectors at once, each on a connection of its own; see `drain`.
 
     Most of the time goes into PostgreSQL's indexes, where one connection uses one processor.
     Interrupted or closed in the middle, it stops the projectors: what they are at is cancelled, and
     nothing of it is done.
+
+    Args:
+        stop: once it is set, no further batch begins.
     """
     attempts = postgres.settings.reporting_max_attempts
-    work = _Work(attempts, org_id, batch_size, linger_seconds, _Budget(max_rows), Event())
+    budget = _Budget(max_rows)
+    work = _Work(attempts, org_id, batch_size, linger_seconds, budget, stop or Event())
     done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
     connections: list[Connection] = []
 
