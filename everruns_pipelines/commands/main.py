@@ -25,16 +25,31 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    unpark,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, erase, diagnose)
+_COMMANDS = (
+    demo,
+    dev,
+    serve,
+    token,
+    init,
+    doctor,
+    backfill,
+    project,
+    rebuild,
+    unpark,
+    erase,
+    diagnose,
+)
 
 _PART_OF: Mapping[str, Part] = {
     "backfill": "reporting",
     "project": "reporting",
+    "unpark": "reporting",
     "erase": "reporting",
     "rebuild": "items",
 }
