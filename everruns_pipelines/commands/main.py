@@ -26,6 +26,7 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    unpark,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
@@ -41,6 +42,7 @@ _COMMANDS = (
     backfill,
     project,
     rebuild,
+    unpark,
     erase,
     diagnose,
     alert_test,
@@ -49,6 +51,7 @@ _COMMANDS = (
 _PART_OF: Mapping[str, Part] = {
     "backfill": "reporting",
     "project": "reporting",
+    "unpark": "reporting",
     "erase": "reporting",
     "rebuild": "items",
 }
