@@ -104,27 +104,28 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> None:
         from everruns_pipelines.reporting.database import prepare
-        from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
+        from everruns_pipelines.reporting.reconcile import materialize_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
             days = days_of_run(context.run, partitions)
             session_id = _session_id(config)
             prepare(connection)
-            context.log.info(f"Finding the sources of {len(days)} days")
-            stage_days(connection, fact, days[0], days[-1])
-            for number, day in enumerate(days, start=1):
-                started = monotonic()
-                report = materialize_day(
-                    connection,
-                    fact,
-                    day,
-                    remove_orphans=config.remove_orphans,
-                    session_id=session_id,
-                )
+            context.log.info(f"Comparing {len(days)} days with their sources")
+            started = monotonic()
+            reports = materialize_days(
+                connection,
+                fact,
+                days[0],
+                days[-1],
+                remove_orphans=config.remove_orphans,
+                session_id=session_id,
+            )
+            for number, (day, report) in enumerate(reports, start=1):
                 context.add_asset_metadata(
                     _metadata(report, monotonic() - started), partition_key=day.isoformat()
                 )
                 context.log.info(f"{day}: {_summary(report)}; {len(days) - number} days remain")
+                started = monotonic()
 
     return materialize
 
@@ -189,13 +190,12 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.reporting.database import prepare
-        from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+        from everruns_pipelines.reporting.reconcile import compare_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
             days = days_to_check(context, settings, config)
             prepare(connection)
-            stage_days(connection, fact, days[0], days[-1])
-            states = {day: compare_day(connection, fact, day) for day in days}
+            states = compare_days(connection, fact, days[0], days[-1])
         yield from check_results(
             context,
             days,

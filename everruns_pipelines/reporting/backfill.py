@@ -7,6 +7,7 @@ taken for granted. See docs/backfill.md for why that is cheap.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import LiteralString, cast
 
@@ -81,6 +82,34 @@ def enqueue(
         # Others have enqueued some of these first. Look again: there may be more.
     counts = {source.counted_as: enqueued[source.type] for source in SOURCES}
     return {"enqueued": enqueued.total(), **counts}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Sources of one type that lack a fact or have a stale one, and do not wait in the outbox.
+
+    Args:
+        sources: how many.
+        oldest: since when the oldest has been so, at most: when it happened or last changed. None
+            if there are none.
+    """
+
+    sources: int = 0
+    oldest: datetime | None = None
+
+
+def look(connection: Connection, org_id: int | None = None) -> dict[str, Missing]:
+    """What a backfill without a limit would enqueue, by source type: exact, whatever its age.
+
+    Enqueues nothing. Digests are kept, so that the next look is cheap: see docs/backfill.md.
+    """
+    with transaction(connection, work_mem=_WORK_MEM):
+        find_missing(connection, SOURCES, org_id)
+        _choose(connection, None)
+        found = connection.execute(_SQL["look"]).fetchall()
+    return {source.type: Missing() for source in SOURCES} | {
+        source_type: Missing(sources, oldest) for source_type, sources, oldest in found
+    }
 
 
 def _enqueue_once(
@@ -162,7 +191,7 @@ def _lock(connection: Connection, wait_seconds: float) -> None:
         ) from None
 
 
-def _choose(connection: Connection, limit: int) -> Counter[str]:
+def _choose(connection: Connection, limit: int | None) -> Counter[str]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
     connection.execute(_SQL["choose"], {"limit": limit})
     return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")

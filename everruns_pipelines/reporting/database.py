@@ -19,7 +19,6 @@ _OLDEST_SERVER = 18
 _READ = {
     "agent_capabilities": "agent_id capability_id",
     "agents": "id org_id name",
-    "archived_events": "id",
     "budgets": "id org_id subject_type subject_id",
     "declarative_capabilities": "org_id name display_name",
     "harness_capabilities": "harness_id capability_id",

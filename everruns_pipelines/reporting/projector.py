@@ -14,8 +14,8 @@ import psycopg
 from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.reporting.catalog import FACTS, SESSION, Fact, Projection, Source
-from everruns_pipelines.reporting.query import STAGED, projected_rows
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
+from everruns_pipelines.reporting.query import STAGED, projected_rows, rows_of
 
 # Sessions can lose rows. Whoever projects them reads them only after the one before has committed:
 # else an older state of a session could bring back what a newer one has removed.
@@ -91,9 +91,10 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
             ' SELECT row_number() OVER (ORDER BY source_type COLLATE "C", org_id, source_id),'
             " source_type, org_id, source_id,"
             # Known here, each projection looks up the events of its own types only.
-            " (SELECT event_type FROM events WHERE id = source_id)"
-            " FROM (SELECT DISTINCT source_type, org_id, source_id FROM ({}) AS rows) AS selected"
-        ).format(rows),
+            " (SELECT event_type FROM {events} AS event WHERE id = source_id)"
+            " FROM (SELECT DISTINCT source_type, org_id, source_id FROM ({rows}) AS rows)"
+            " AS selected"
+        ).format(events=rows_of(EVENT), rows=rows),
         parameters,
     ).rowcount
     connection.execute("ANALYZE pg_temp.selection (part, event_type)")

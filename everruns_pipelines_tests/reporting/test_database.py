@@ -17,7 +17,7 @@ from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.outbox import purge
-from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -226,8 +226,7 @@ def test_with_the_declared_tables_and_columns_alone_everything_runs(
     assert enqueue(connection, BackfillRequest())["enqueued"] == 0
     materialize(connection, remove_orphans=True)
     for fact in FACTS:
-        stage_days(connection, fact, DAY, DAY)
-        state = compare_day(connection, fact, DAY)
+        state = compare_days(connection, fact, DAY, DAY)[DAY]
         assert (state.missing, state.stale, state.superseded, state.orphaned) == (0, 0, 0, 0)
     assert purge(connection, timedelta(0)) > 0
     database.create_indexes(connection)

@@ -39,7 +39,7 @@ LEFT JOIN (
         session_id,
         coalesce(context ->> 'turn_id', data ->> 'turn_id') AS turn_id,
         count(*) AS count
-    FROM events
+    FROM all_events
     WHERE event_type = 'tool.completed' AND session_id IN (SELECT session_id FROM selected)
     GROUP BY 1, 2
 ) AS tool_calls USING (session_id, turn_id)
