@@ -34,6 +34,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _TIME = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_HOST = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)"
 
 
 def _with_scheme(*schemes: str) -> AfterValidator:
@@ -90,6 +91,12 @@ def _directory(value: Path) -> Path:
     existing = next(path for path in (value, *value.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError("not a directory")
+    return value
+
+
+def _file(value: Path) -> Path:
+    if value.is_dir():
+        raise ValueError("a directory")
     return value
 
 
@@ -191,6 +198,23 @@ class Settings(BaseModel):
         None,
         alias="EVERRUNS_GRAPHQL_HEADERS",
         description='a JSON object of strings, such as {"Authorization": "Bearer ..."}',
+    )
+    api_tokens: Annotated[Path, AfterValidator(_file)] | None = Field(
+        None,
+        alias="EVERRUNS_API_TOKENS",
+        description="a file of lines that `everruns-pipelines token` printed",
+    )
+    allowed_hosts: str = Field(
+        "",
+        alias="EVERRUNS_ALLOWED_HOSTS",
+        pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
+        description="host names without ports, separated by commas",
+    )
+    public_url: str | None = Field(
+        None,
+        alias="EVERRUNS_PUBLIC_URL",
+        pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9._~/-]*)?$",
+        description="where people see the UI, such as https://pipelines.example.com",
     )
     nightly_at: str = Field(
         "00:30",

@@ -22,12 +22,14 @@ from everruns_pipelines.commands import (
     init,
     project,
     rebuild,
+    serve,
+    token,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, init, doctor, backfill, project, rebuild, diagnose)
+_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, diagnose)
 
 _PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
 
