@@ -13,7 +13,12 @@ from everruns_pipelines.items.automation import (
     materialize_items,
 )
 from everruns_pipelines.items.jobs import check_items, rebuild_items
-from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
+from everruns_pipelines.operations.health import (
+    health_checks,
+    health_schedule,
+    measure_health,
+    pipeline_health,
+)
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.orchestration.resources import resources
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
@@ -80,6 +85,7 @@ def _items(settings: Settings) -> dg.Definitions:
 def _operations(settings: Settings) -> dg.Definitions:
     return dg.Definitions(
         assets=[pipeline_health(settings)],
+        asset_checks=[health_checks(settings)],
         jobs=[measure_health, housekeeping(settings)],
         schedules=[housekeeping_schedule(settings), health_schedule],
     )

@@ -14,7 +14,8 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 
 # From top to bottom: a room imports from those below it only. Rooms of one line stand side by side.
 LEVELS = (
-    ("commands", "serve"),
+    ("commands",),
+    ("serve",),
     ("component",),
     ("definitions", "client"),
     ("parts",),
@@ -82,8 +83,7 @@ def picture() -> str:
         is_folder = (PACKAGE / room).is_dir()
         lines.append(f"    {room}[{room}/]" if is_folder else f"    {room}({room}.py)")
     for room, others in sorted(rooms.items()):
-        for other in sorted(others - set(_EVERYWHERE)):
-            lines.append(f"    {room} --> {other}")
+        lines += [f"    {room} --> {other}" for other in sorted(others - set(_EVERYWHERE))]
     return "\n".join(lines) + "\n"
 
 

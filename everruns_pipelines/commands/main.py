@@ -1,7 +1,7 @@
 """The command line: `everruns-pipelines`.
 
 Standard output is the result as one JSON object; progress and logs go to standard error. Exit
-status: 0 done, 1 the run failed, 2 the request was refused.
+status: 0 done, 1 the run failed or a look found something wrong, 2 the request was refused.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import psycopg
 from everruns_pipelines import __version__
 from everruns_pipelines.commands import (
     backfill,
+    check,
     demo,
     dev,
     diagnose,
@@ -29,7 +30,7 @@ from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsE
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, diagnose)
+_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, check, diagnose)
 
 _PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
 
@@ -60,6 +61,8 @@ def run(arguments: Sequence[str]) -> int:
         _print(refusal.as_items_error() if is_of_items else refusal.as_problem_details())
         return _tell(refusal.detail, _REFUSED)
     except RunFailure as failure:
+        if failure.result is not None:
+            _print(failure.result)
         return _tell(str(failure), _FAILED)
     except psycopg.Error as error:
         # The rest of a server's message quotes rows.
