@@ -101,5 +101,6 @@ WHERE relkind = 'r' AND oid IN (
 
 # In times that Python's calendar has.
 _NEWEST: LiteralString = """
-SELECT greatest('0001-01-02Z', least('9999-12-30Z', max({column}))) FROM {table} {where}
+SELECT CASE WHEN newest IS NOT NULL THEN greatest('0001-01-02Z', least('9999-12-30Z', newest)) END
+FROM (SELECT max({column}) AS newest FROM {table} {where}) AS found
 """
