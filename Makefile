@@ -28,10 +28,11 @@ test: install ## the tests
 test-deploy: install ## the tests that need Debian's packages or other engines
 	$(BIN)/pytest -n 2 --dist loadfile -m deploy
 
-check: install ## lint, format and types
+check: install ## lint, format, types and definitions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PATH="$(CURDIR)/$(BIN):$$PATH" dg check defs
 
 bench: install ## the benchmarks, as ratios in one run
 	$(BIN)/python -m benchmarks

@@ -13,7 +13,12 @@ from everruns_pipelines.items.automation import (
 )
 from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.operations.alert_sensor import alert_sensors
-from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
+from everruns_pipelines.operations.health import (
+    health_checks,
+    health_schedule,
+    measure_health,
+    pipeline_health,
+)
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.automation import (
@@ -68,7 +73,10 @@ def _items(settings: Settings) -> dg.Definitions:
 
 def _operations(settings: Settings) -> dg.Definitions:
     health = dg.Definitions(
-        assets=[pipeline_health(settings)], jobs=[measure_health], schedules=[health_schedule]
+        assets=[pipeline_health(settings)],
+        asset_checks=[health_checks(settings)],
+        jobs=[measure_health],
+        schedules=[health_schedule],
     )
     if settings.is_guest and "reporting" not in settings.parts:
         return health  # nothing to keep: neither an outbox nor run records

@@ -7,7 +7,7 @@ taken for granted. See docs/backfill.md for why that is cheap.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from typing import LiteralString, cast
 
@@ -96,23 +96,27 @@ class Missing:
         sources: how many.
         oldest: since when the oldest has been so, at most: when it happened or last changed. None
             if there are none.
+        days: the UTC days on which they happened: those of the facts that they lack.
     """
 
     sources: int = 0
     oldest: datetime | None = None
+    days: Sequence[date] = ()
 
 
-def look(connection: Connection, org_id: int | None = None) -> dict[str, Missing]:
+def look(
+    connection: Connection, org_id: int | None = None, sources: Sequence[Source] = SOURCES
+) -> dict[str, Missing]:
     """What a backfill without a limit would enqueue, by source type: exact, whatever its age.
 
     Enqueues nothing. Digests are kept, so that the next look is cheap: see docs/backfill.md.
     """
     with transaction(connection, work_mem=_WORK_MEM):
-        find_missing(connection, SOURCES, org_id)
+        find_missing(connection, sources, org_id)
         _choose(connection, None)
         found = connection.execute(_SQL["look"]).fetchall()
     return {source.type: Missing() for source in SOURCES} | {
-        source_type: Missing(sources, oldest) for source_type, sources, oldest in found
+        source_type: Missing(sources, oldest, days) for source_type, sources, oldest, days in found
     }
 
 

@@ -88,11 +88,17 @@ ORDER BY at, source_type, source_id
 
 -- name: look
 -- How many sources of each type were chosen, and since when the oldest is as it is: since its last
--- change, as far as is known. In times that Python's calendar has.
+-- change, as far as is known; and the days on which they happened. In times that Python's calendar
+-- has.
 SELECT
     source_type,
     count(*),
-    greatest('0001-01-02Z', least('9999-12-30Z', min(since)))
+    greatest('0001-01-02Z', least('9999-12-30Z', min(since))),
+    coalesce(
+        array_agg(DISTINCT (at AT TIME ZONE 'UTC')::date)
+            FILTER (WHERE at BETWEEN '0001-01-02Z' AND '9999-12-30Z'),
+        '{}'
+    )
 FROM pg_temp.chosen
 GROUP BY source_type
 
