@@ -112,9 +112,7 @@ def drain_in_parallel(
     """
     attempts = postgres.settings.reporting_max_attempts
     until = time.monotonic() + linger_seconds
-    work = _Work(
-        attempts, org_id, batch_size, until, _Budget(max_rows), stop or Event()
-    )
+    work = _Work(attempts, org_id, batch_size, until, _Budget(max_rows), stop or Event())
     done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
     connections: list[Connection] = []
 
