@@ -19,6 +19,7 @@ from everruns_pipelines.commands import (
     dev,
     diagnose,
     doctor,
+    erase,
     init,
     project,
     rebuild,
@@ -29,9 +30,14 @@ from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsE
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, diagnose)
+_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, erase, diagnose)
 
-_PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
+_PART_OF: Mapping[str, Part] = {
+    "backfill": "reporting",
+    "project": "reporting",
+    "erase": "reporting",
+    "rebuild": "items",
+}
 
 _DONE, _FAILED, _REFUSED = 0, 1, 2
 
@@ -73,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
 def _refuse_part_that_is_off(command: str, options: argparse.Namespace, settings: Settings) -> None:
     """What is on in a deployment elsewhere (`--url`), that one says itself."""
     part = _PART_OF.get(command)
-    if part is not None and part not in settings.parts and options.url is None:
+    if part is not None and part not in settings.parts and not getattr(options, "url", None):
         raise Refusal(
             f"{command} is of {part}, which is off here: EVERRUNS_PARTS must name {part}",
             code="not_found_error",

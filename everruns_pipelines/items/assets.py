@@ -23,7 +23,7 @@ from everruns_pipelines.orchestration.checks import (
     check_specs,
     days_to_check,
 )
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly, try_again
 from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
@@ -126,7 +126,6 @@ def item_assets(settings: Settings) -> ItemAssets:
         code_version=_version(),
         # A rebuild reads one and writes the other; of ClickHouse there is less to go round.
         pool="clickhouse",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
@@ -207,7 +206,7 @@ def items_failures() -> Generator[None]:
         try:
             yield
         except ClickHouseFailure as failure:
-            raise dg.Failure(str(failure)) from failure
+            try_again(dg.Failure(str(failure)))
 
 
 def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:

@@ -11,7 +11,6 @@ from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
 from everruns_pipelines.orchestration.checks import check_job
-from everruns_pipelines.orchestration.failures import RETRIES
 
 
 class RebuildConfig(dg.Config):
@@ -43,7 +42,6 @@ class RebuildConfig(dg.Config):
     description="Bring items back to what their spans say.",
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     pool="clickhouse",
-    retry_policy=RETRIES,
 )
 def rebuild_op(
     context: dg.OpExecutionContext,

@@ -14,7 +14,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Part, Settings
 
@@ -58,7 +58,6 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
         owners=["team:everruns"],
         deps=[table for part in settings.parts for table in _TABLES[part]],
         pool="postgres",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
         ),

@@ -9,7 +9,7 @@ import dagster as dg
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.timetable import cron
 from everruns_pipelines.settings import Settings
 
@@ -26,7 +26,7 @@ _KEPT_EVENTS = {
 _PAGE = 200
 
 
-@dg.op(pool="postgres", retry_policy=RETRIES)
+@dg.op(pool="postgres")
 def purge_outbox(
     context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> None:
@@ -42,7 +42,7 @@ def purge_outbox(
     context.add_output_metadata({"removed": removed, "keep_days": days})
 
 
-@dg.op(retry_policy=RETRIES)
+@dg.op
 def purge_runs(
     context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> None:

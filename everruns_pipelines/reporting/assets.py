@@ -7,13 +7,12 @@ https://docs.dagster.io/guides/test/asset-checks.
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
-from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.checks import (
     CheckConfig,
     check_op,
@@ -21,7 +20,7 @@ from everruns_pipelines.orchestration.checks import (
     check_specs,
     days_to_check,
 )
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
@@ -89,7 +88,6 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
         pool="postgres",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
@@ -104,11 +102,13 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> None:
         from everruns_pipelines.reporting.database import prepare
+        from everruns_pipelines.reporting.erasure import check_session_id
         from everruns_pipelines.reporting.reconcile import materialize_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
             days = days_of_run(context.run, partitions)
-            session_id = _session_id(config)
+            given = config.session_id
+            session_id = None if given is None else check_session_id(given)
             prepare(connection)
             context.log.info(f"Comparing {len(days)} days with their sources")
             started = monotonic()
@@ -134,19 +134,6 @@ def _schema(columns: Sequence[Column]) -> dg.TableSchema:
     return dg.TableSchema(
         [dg.TableColumn(column.name, column.type, column.description) for column in columns]
     )
-
-
-def _session_id(config: FactConfig) -> str | None:
-    """The session in the one form that PostgreSQL reads, too: Python takes more than it does."""
-    if config.session_id is None:
-        return None
-    try:
-        return str(UUID(config.session_id))
-    except ValueError:
-        expected = "expected a UUID, or null for all sessions"
-        raise Refusal(
-            f"session_id: {expected}", errors=(FieldError(("session_id",), expected),)
-        ) from None
 
 
 def _summary(report: "DayReport") -> str:

@@ -11,9 +11,12 @@ from datetime import datetime
 from functools import partial
 from typing import LiteralString, cast
 
-import psycopg
-
-from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
+from everruns_pipelines.databases.postgres import (
+    Connection,
+    transaction,
+    tried_again,
+    wait_for_lock,
+)
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import SOURCES, Source
@@ -22,7 +25,8 @@ from everruns_pipelines.reporting.missing import find_missing
 
 # Held by the platform's own backfill and repair for as long as they run.
 GLOBAL_LOCK = 0x6576_6572_7270_7471
-LOCK_WAIT_SECONDS = 30
+# Longer than the server takes to notice that whoever held it has gone from the network.
+LOCK_WAIT_SECONDS = 60
 LARGEST_LIMIT = 10_000
 
 _WORK_MEM = "256MB"
@@ -122,7 +126,9 @@ def _enqueue_once(
     """Choose what is missing, and enqueue it; how many of each type."""
     with transaction(connection, work_mem=_WORK_MEM):
         if request.org_id is None and not request.dry_run:
-            _lock(connection, lock_wait_seconds)
+            # Keeps the platform's own backfills out.
+            what = "Another backfill or repair of all organizations is running"
+            wait_for_lock(connection, GLOBAL_LOCK, what, lock_wait_seconds)
         find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
         chosen = _choose(connection, limit)
         return chosen, chosen if request.dry_run else _write(connection)
@@ -167,28 +173,6 @@ def _refused(field: str, expected: str, value: object) -> Refusal:
         f"{field}: expected {expected}; got {repr(value)[:60]}",
         errors=(FieldError((field,), f"expected {expected}"),),
     )
-
-
-def _lock(connection: Connection, wait_seconds: float) -> None:
-    """Keep the platform's own backfills out until the end of the transaction."""
-    set_timeout = "SELECT set_config('lock_timeout', %s, true)"
-    usual = connection.execute("SELECT current_setting('lock_timeout')").fetchone()
-    assert usual is not None
-    try:
-        with connection.transaction():
-            # In milliseconds; 0 would wait for ever.
-            connection.execute(set_timeout, [str(max(1, round(wait_seconds * 1000)))])
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", [GLOBAL_LOCK])
-            connection.execute(set_timeout, usual)
-    except psycopg.errors.LockNotAvailable:
-        raise Refusal(
-            f"Another backfill or repair of all organizations holds the advisory lock "
-            f"{GLOBAL_LOCK:#x} and has not finished within {wait_seconds:g} s. "
-            "Try again when it is done, or give an org_id: one organization needs no lock",
-            code="locked",
-            status=409,
-            allowed_actions=("retry", "backfill_one_org"),
-        ) from None
 
 
 def _choose(connection: Connection, limit: int | None) -> Counter[str]:

@@ -5,6 +5,7 @@ See https://docs.dagster.io/guides/build/jobs.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, cast
 
 import dagster as dg
@@ -13,7 +14,7 @@ from pydantic import Field
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.checks import check_job
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.reporting.catalog import FACTS
 
@@ -60,7 +61,6 @@ class ProjectConfig(dg.Config):
         "drain": dg.Out(dg.Nothing, is_required=False),
     },
     pool="postgres",
-    retry_policy=RETRIES,
 )
 def enqueue_op(
     context: dg.OpExecutionContext,
@@ -93,7 +93,6 @@ def enqueue_op(
     name="project",
     ins={"after": dg.In(dg.Nothing)},
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
-    # Not tried again: its counts would be those of the last attempt. What is due stays due.
     pool="postgres",
 )
 def project_op(
@@ -105,7 +104,11 @@ def project_op(
     from everruns_pipelines.reporting.database import check_platform, prepare
     from everruns_pipelines.reporting.drain import Drained, check, drain_in_parallel
 
-    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
+    # Not tried again: its counts would be those of the last attempt. What is due stays due.
+    with (
+        told_plainly(Refusal.as_problem_details, retries=0),
+        everruns_postgres.connect() as connection,
+    ):
         check_platform(connection)
         check(
             connection,
@@ -116,14 +119,17 @@ def project_op(
         prepare(connection)
         drained = Drained()
         try:
-            for batch in drain_in_parallel(
-                everruns_postgres,
-                org_id=config.org_id,
-                batch_size=config.batch_size,
-                max_rows=config.max_rows,
-            ):
-                drained.add(batch)
-                context.log.info(_progress(connection, config, drained))
+            with closing(
+                drain_in_parallel(
+                    everruns_postgres,
+                    org_id=config.org_id,
+                    batch_size=config.batch_size,
+                    max_rows=config.max_rows,
+                )
+            ) as batches:
+                for batch in batches:
+                    drained.add(batch)
+                    context.log.info(_progress(connection, config, drained))
         finally:
             _report(context, everruns_postgres, drained)
     context.add_output_metadata(drained.result())

@@ -20,6 +20,17 @@ BETWEEN = sql.SQL(
     "JOIN (SELECT) AS days ON {time} >= %(first)s::date AND {time} < %(last)s::date + 1"
 )
 EVERYTHING = sql.SQL("")
+# Joins to `fact` the source that its key names, as `key`.
+KEY_OF_FACT = sql.SQL("""
+CROSS JOIN LATERAL (
+    SELECT
+        split_part(fact.source_key, ':', 1) AS type,
+        CASE
+            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
+                THEN split_part(fact.source_key, ':', 2)::uuid
+        END AS id
+) AS key
+""")
 
 
 def rows_of(source: Source) -> sql.Composed:
@@ -118,3 +129,23 @@ def _value(column: Column, projection: Projection) -> sql.Composable:
     if column.dimension is None or column.name in projection.provides:
         return sql.Identifier("projected", column.name)
     return sql.SQL(column.dimension)
+
+
+def stands(sources: Iterable[Source], org_id: LiteralString) -> sql.Composed:
+    """A condition: the source of `key` (type, id) is there, in the organization.
+
+    Looked up one by one: meant for few.
+    """
+    return sql.SQL("(CASE key.type {} ELSE false END)").format(
+        sql.SQL(" ").join(
+            sql.SQL(
+                "WHEN {} THEN EXISTS (SELECT FROM ({}) AS source"
+                " WHERE source.id = key.id AND source.org_id = {} OFFSET 0)"
+            ).format(
+                sql.Literal(source.type),
+                selected_rows(source, (), EVERYTHING),
+                sql.SQL(org_id),
+            )
+            for source in sources
+        )
+    )

@@ -19,6 +19,7 @@ from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
 from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.projector import (
     Failure,
     Outcome,
@@ -28,11 +29,12 @@ from everruns_pipelines.reporting.projector import (
 )
 from everruns_pipelines.reporting.query import (
     BETWEEN,
-    EVERYTHING,
+    KEY_OF_FACT,
     STAGED,
     expected_rows,
     projected_rows,
     selected_rows,
+    stands,
 )
 
 # Sources per transaction: a day of any size is worked off in steps that others can wait for.
@@ -108,7 +110,8 @@ def materialize_days(
     """Make the days from `first` to `last` right, whatever their state, one after the other.
 
     Args:
-        remove_orphans: remove facts whose source is gone; else they are counted only.
+        remove_orphans: remove facts whose source is gone; else they are counted only. What our own
+            tables keep of sessions that are gone goes, too.
         session_id: remove the orphans of this session only.
         on_step: told how many of how many sources of a day are done.
 
@@ -142,6 +145,9 @@ def materialize_days(
                     on_step=on_step,
                 ),
             )
+    if remove_orphans:
+        with transaction(connection):
+            forget_sessions(connection, session_id)
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -324,12 +330,8 @@ def _leftovers(connection: Connection, fact: Fact, day: date, staged: int) -> Co
                 )
                 for projection in fact.projections
             ),
-            sources=sql.SQL(" UNION ALL ").join(
-                sql.SQL("SELECT {} AS type, id, org_id FROM ({}) AS source").format(
-                    sql.Literal(source.type), selected_rows(source, (), EVERYTHING)
-                )
-                for source in fact.sources
-            ),
+            key=KEY_OF_FACT,
+            stands=stands(fact.sources, "fact.org_id"),
         ),
         {"day": day, "first": 1, "last": staged},
     )
@@ -424,17 +426,13 @@ WHERE projected.rejected IS NULL
 
 _LEFTOVER = """
 CREATE TEMPORARY TABLE leftover ON COMMIT DROP AS
-WITH expected AS ({expected}),
-sources AS ({sources})
+WITH expected AS ({expected})
 SELECT
     fact.org_id,
     fact.source_key,
     fact.session_id,
     CASE
-        WHEN EXISTS (
-            SELECT FROM sources
-            WHERE sources.type = key.type AND sources.id = key.id AND sources.org_id = fact.org_id
-        ) THEN CASE
+        WHEN {stands} THEN CASE
             WHEN EXISTS (
                 SELECT FROM pg_temp.selection
                 WHERE selection.source_id = key.id AND selection.org_id = fact.org_id
@@ -445,15 +443,7 @@ SELECT
         ELSE 'orphaned'
     END AS state
 FROM {fact} AS fact
-CROSS JOIN LATERAL (
-    SELECT
-        split_part(fact.source_key, ':', 1) AS type,
-        CASE
-            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
-                THEN split_part(fact.source_key, ':', 2)::uuid
-        END AS id
-) AS key
-WHERE fact.time_bucket_day = %(day)s
+{key}WHERE fact.time_bucket_day = %(day)s
     AND NOT EXISTS (
         SELECT FROM expected
         WHERE expected.org_id = fact.org_id AND expected.source_key = fact.source_key

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Fact
+from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.keys import (
     declared_hashes,
     differs,
@@ -86,6 +87,8 @@ def slice_sessions(
         )
         if keep_digests:
             _keep_digests(connection, parameters)
+    if keep_digests and scope is EVERYTHING:
+        forget_sessions(connection)
 
 
 def choose_sessions(
@@ -252,9 +255,8 @@ WHERE read.session_id = slice.session_id AND NOT digest_holds
 """
 
 _FORGET_DIGESTS = """
-DELETE FROM everruns_pipelines.key_digests AS digest
+DELETE FROM everruns_pipelines.key_digests
 WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT digest_holds)
-    OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
 _KEEP_DIGESTS = """

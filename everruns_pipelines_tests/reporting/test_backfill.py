@@ -691,7 +691,7 @@ def test_a_global_backfill_keeps_others_out_and_lets_go(
             _backfill(connection)
             assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (False,)
         assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (True,)
-    assert _value(connection, "SHOW lock_timeout") == "0"
+    assert _value(connection, "SHOW lock_timeout") == "2min"
 
 
 @pytest.mark.parametrize("org_id", [None, 1])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import LiteralString
+from typing import LiteralString, cast
 from uuid import uuid4
 
 import psycopg
@@ -154,7 +154,14 @@ def test_a_role_that_may_not_use_our_schema_is_told_so(
 ) -> None:
     database.prepare(connection)
 
-    assert refused(connected_as(PLATFORM)).code == "permission_denied"
+    role = connected_as(PLATFORM)
+    refusal = refused(role)
+    assert refusal.code == "permission_denied"
+    # What it says helps.
+    grants = refusal.detail.partition("by: ")[2]
+    assert grants.startswith("GRANT USAGE ON SCHEMA everruns_pipelines TO ")
+    connection.execute(cast("LiteralString", grants))
+    database.prepare(role)
     may_look = "GRANT USAGE ON SCHEMA everruns_pipelines TO {}"
     refusal = refused(connected_as(PLATFORM, may_look))
     assert "INSERT on everruns_pipelines.outbox_claims" in refusal.detail

@@ -33,8 +33,9 @@ FROM (
         data -> 'usage' AS usage
     FROM selected
 ) AS turns
--- Counted once per session of the batch: counting per turn is quadratic in a long session.
-LEFT JOIN (
+-- Counted once per session of the batch: counting per turn is quadratic in a long session. So is a
+-- join row by row, which a full join cannot be.
+FULL JOIN (
     SELECT
         session_id,
         coalesce(context ->> 'turn_id', data ->> 'turn_id') AS turn_id,
@@ -43,3 +44,4 @@ LEFT JOIN (
     WHERE event_type = 'tool.completed' AND session_id IN (SELECT session_id FROM selected)
     GROUP BY 1, 2
 ) AS tool_calls USING (session_id, turn_id)
+WHERE coalesce(event_type, '') <> ''
