@@ -146,9 +146,7 @@ class FakeKubernetes:
             return 404, {"kind": "Status", "code": 404, "message": "not found"}
         job = self.jobs[name]
         if method == "DELETE":
-            # The pods go with it; they have their grace period.
             del self.jobs[name]
-            job.process.send_signal(signal.SIGTERM)
             return 200, {"kind": "Status", "status": "Success"}
         return 200, {**job.body, "status": job.status()}
 
@@ -163,8 +161,13 @@ class FakeKubernetes:
         ]
         if name is None:
             return 200, {"kind": "PodList", "items": [job.pod() for job in found]}
-        if method == "DELETE" or not found:
-            return 404, {"kind": "Status", "code": 404, "message": "gone with its job"}
+        if method == "DELETE":
+            # Its job may have gone before it.
+            [job] = [job for job in self.created if name == f"{job.name}-pod"]
+            job.process.send_signal(signal.SIGTERM)
+            return 200, job.pod()
+        if not found:
+            return 404, {"kind": "Status", "code": 404, "message": "not found"}
         return 200, found[0].pod()
 
     def _start(self, body: dict[str, Any]) -> subprocess.Popen[bytes]:
