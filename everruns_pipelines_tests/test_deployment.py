@@ -128,7 +128,7 @@ def test_waiting_survives_a_restart_of_the_webserver(live: LiveDeployment) -> No
         told.append(said.message)
 
     assert deployment.follow(run, start_again)["enqueue"]["enqueued"] == 10
-    assert told[0] == f"Waiting: {live.url} does not answer (ConnectionRefusedError)"
+    assert told[0] == f"Waiting: {live.url} does not answer (ConnectionError)"
 
 
 def test_the_documented_commands_work(live: LiveDeployment, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from everruns_pipelines.commands import (
     serve,
     token,
     unpark,
+    url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
@@ -43,10 +44,11 @@ _COMMANDS = (
     backfill,
     project,
     rebuild,
-    unpark,
-    erase,
     check,
     diagnose,
+    unpark,
+    erase,
+    url,
     alert_test,
 )
 
