@@ -401,7 +401,7 @@ def test_a_session_id_that_is_no_uuid_is_refused_with_the_field(
 
     run = Run(settings, ["fact_tool_call"], remove_orphans=True, session_id=session_id)
 
-    assert "session_id: expected a UUID" in run.error()
+    assert "session_id: expected the UUID of a session" in run.error()
     assert versions(world.connection) == set()
 
 
