@@ -92,8 +92,8 @@ def compare_days(
     states = {day: DayState(row.read - row.rejected) for day, row in right.items()}
     differing = [day for day in days_between(first, last) if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
-    states |= {day: _compare_day(connection, fact, day) for day in differing}
+        stage_days(connection, fact, differing)
+    states |= {day: compare_day(connection, fact, day) for day in differing}
     return dict(sorted(states.items()))
 
 
@@ -124,7 +124,7 @@ def materialize_days(
     days = days_between(first, last)
     differing = [day for day in days if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
+        stage_days(connection, fact, differing)
     for day in days:
         if day in right:
             row = right[day]
@@ -207,7 +207,7 @@ def _as_stored(column: Column, relation: str) -> sql.Composed:
     )
 
 
-def _compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
+def compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
     """Compare one of the staged days with its sources, row by row."""
     with transaction(connection, work_mem=_WORK_MEM):
         staged = _stage_day(connection, day)
@@ -262,7 +262,7 @@ def _materialize_day(
     return report
 
 
-def _stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
+def stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
     """Find the sources of these days, in one pass.
 
     They are kept in the temporary table `day_sources` until the connection is closed.
