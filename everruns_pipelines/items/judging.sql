@@ -248,8 +248,8 @@ WHERE span.whole AND span.state IN ('too_large', 'no_array')
 UPDATE staged_spans
 SET
     state = 'damaged',
-    outputs = encode(convert_to(outputs, 'UTF8'), 'base64'),
-    objects = encode(convert_to(objects, 'UTF8'), 'base64')
+    outputs = encode(convert_to(outputs, 'UTF8'), 'hex'),
+    objects = encode(convert_to(objects, 'UTF8'), 'hex')
 WHERE
     state = 'readable'
     AND NOT (pg_input_is_valid(outputs, 'jsonb') AND pg_input_is_valid(objects, 'jsonb'))

@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 from psycopg.types.json import Jsonb
 
+from everruns_pipelines_tests.items.generations import GENERATIONS
 from everruns_pipelines_tests.items.world import Row, World, exact
 
 _SAMPLE = Path(__file__).parent / "sample"
@@ -123,7 +124,7 @@ def _sorted(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("generation", ["otel_traces.sql", "otel_traces_newer.sql"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_all_runs_of_the_sample_row_by_row(sample: World) -> None:
     before = sample.items(_PROJECT)
     expected = _expected(before)

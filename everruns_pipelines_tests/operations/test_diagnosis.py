@@ -19,7 +19,7 @@ from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items.rebuild import ensure_schema
+from everruns_pipelines.items.database import ensure_schema
 from everruns_pipelines.operations.chart import Line, as_markdown
 from everruns_pipelines.operations.diagnosis import Databases, Diagnosis, diagnose
 from everruns_pipelines.operations.doctor import Finding, examine
