@@ -54,6 +54,7 @@ def stage_values(connection: Connection, values: Iterable[tuple[int, bool, Found
             found.key_hint,
             found.session_hint,
             found.uri,
+            found.size,
             found.reason,
             found.detail,
             found.value,

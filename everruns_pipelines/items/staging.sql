@@ -41,6 +41,7 @@ CREATE TEMP TABLE staged_values (
     session_hint text,
     fetched boolean NOT NULL,
     uri text,
+    size numeric,
     reason text,
     detail text,
     value text STORAGE EXTERNAL
@@ -59,6 +60,7 @@ CREATE TEMP TABLE candidates (
     dedupe_key text,
     ended_ns bigint NOT NULL,
     uri text,
+    size numeric,
     item_type text,
     title text,
     ref text,
@@ -91,7 +93,8 @@ CREATE TEMP TABLE planned (
     candidate bigint NOT NULL,
     item_id uuid,
     action text NOT NULL, -- insert | refresh | unchanged
-    keeps_data boolean NOT NULL
+    keeps_data boolean NOT NULL,
+    fields text[] NOT NULL -- those that differ
 );
 
 CREATE TEMP TABLE planned_links (
