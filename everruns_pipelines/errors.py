@@ -59,7 +59,8 @@ class Refusal(Exception):
         return cls(
             told["detail"],
             code=told["code"],
-            status=told.get("status", 400),
+            # The items API's form has none.
+            status=told.get("status", _STATUSES.get(told["code"], 400)),
             allowed_actions=tuple(told.get("allowed_actions", ())),
             errors=tuple(
                 FieldError(tuple(one["loc"]), one["msg"], one["type"])
@@ -95,4 +96,23 @@ _TITLES = {
     "unavailable": "A server cannot be reached",
     "permission_denied": "The database refuses access",
     "locked": "Another backfill or repair is running",
+    "unauthenticated": "A valid token is needed",
+    "forbidden": "Not allowed",
+    "method_not_allowed": "Not a method of this address",
+    "request_timeout": "The request took too long to arrive",
+    "payload_too_large": "The request is too large",
+    "unsupported_media_type": "Not a content type that is understood",
+    "too_many_requests": "Too many requests at once",
+    "run_failed": "The run failed",
+    "internal_error": "An error of ours",
+    "upstream_failed": "A database failed",
+    "still_running": "The run goes on",
+}
+
+_STATUSES = {
+    "not_found_error": 404,
+    "locked": 409,
+    "incompatible_schema": 503,
+    "unavailable": 503,
+    "permission_denied": 503,
 }

@@ -34,6 +34,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _TIME = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_HOST = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)"
 
 
 def _with_scheme(*schemes: str) -> AfterValidator:
@@ -93,6 +94,12 @@ def _directory(value: Path) -> Path:
     return value
 
 
+def _file(value: Path) -> Path:
+    if value.is_dir():
+        raise ValueError("a directory")
+    return value
+
+
 def _a_year_back() -> date:
     """The first of this month a year ago: it moves once a month, not with every reload."""
     today = datetime.now(UTC).date()
@@ -120,6 +127,14 @@ def _parts(value: Any) -> Any:
     if not set(named) <= set(PARTS):
         raise ValueError("no such part")
     return tuple(part for part in PARTS if part in named)
+
+
+def _urls(value: SecretStr) -> SecretStr:
+    """Whether each is one that Apprise knows, `alert-test` finds out: loading it takes a while."""
+    urls = value.get_secret_value().split()
+    if not urls or not all(re.match(r"[a-z][a-z0-9+.-]*://\S", url) for url in urls):
+        raise ValueError("not such URLs")
+    return value
 
 
 def _not_in_the_future(value: date) -> date:
@@ -192,6 +207,28 @@ class Settings(BaseModel):
         alias="EVERRUNS_GRAPHQL_HEADERS",
         description='a JSON object of strings, such as {"Authorization": "Bearer ..."}',
     )
+    api_tokens: Annotated[Path, AfterValidator(_file)] | None = Field(
+        None,
+        alias="EVERRUNS_API_TOKENS",
+        description="a file of lines that `everruns-pipelines token` printed",
+    )
+    allowed_hosts: str = Field(
+        "",
+        alias="EVERRUNS_ALLOWED_HOSTS",
+        pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
+        description="host names without ports, separated by commas",
+    )
+    alert_urls: Annotated[SecretStr, AfterValidator(_urls)] | None = Field(
+        None,
+        alias="EVERRUNS_ALERT_URLS",
+        description="Apprise URLs, separated by white space: json://host/path mailto://...",
+    )
+    public_url: str | None = Field(
+        None,
+        alias="EVERRUNS_PUBLIC_URL",
+        pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9._~/-]*)?$",
+        description="where people see the UI, such as https://pipelines.example.com",
+    )
     nightly_at: str = Field(
         "00:30",
         alias="EVERRUNS_NIGHTLY_AT",
@@ -233,6 +270,11 @@ class Settings(BaseModel):
             else json.loads(self.graphql_headers.get_secret_value())
         )
 
+    # No variables: `component` sets them in a project of others. What keys of assets begin with;
+    # whether Dagster's run records are others', and not ours to remove.
+    asset_prefix: tuple[str, ...] = ()
+    is_guest: bool = False
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Read the variables. An empty one counts as unset.
@@ -241,7 +283,7 @@ class Settings(BaseModel):
             SettingsError: a variable is set but wrong; names it and what is expected, and never
                 repeats its value, which may hold a password.
         """
-        fields = {str(field.alias): field for field in cls.model_fields.values()}
+        fields = {field.alias: field for field in cls.model_fields.values() if field.alias}
         given = {name: environment[name] for name in fields if environment.get(name)}
         try:
             return cls.model_validate(given)

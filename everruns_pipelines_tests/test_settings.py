@@ -86,6 +86,21 @@ WRONG = {
         "1001",
         "1.5",
     ),
+    ("EVERRUNS_API_TOKENS", "a file of lines that `everruns-pipelines token` printed"): ("/",),
+    ("EVERRUNS_ALLOWED_HOSTS", "host names without ports, separated by commas"): (
+        "secret host",
+        "https://secret",
+        "secret:3000",
+        "secret,",
+        "*",
+    ),
+    ("EVERRUNS_PUBLIC_URL", "where people see the UI, such as https://pipelines.example.com"): (
+        "secret",
+        "ftp://secret",
+        "https://user:secret@host",
+        "https://host/?token=secret",
+        "https://",
+    ),
     ("EVERRUNS_NIGHTLY_AT", "a UTC time of day, HH:MM"): ("secret", "24:00", "3:00", "03:60"),
     ("EVERRUNS_PURGE_AT", "a UTC time of day, HH:MM"): ("secret", "24:00", "03"),
     ("EVERRUNS_WEEKLY_AT", "a weekday and a UTC time of day, such as Sun 02:00"): (

@@ -24,7 +24,7 @@ from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.settings import Settings
 
 _EVENTS = 20_000
@@ -152,14 +152,12 @@ def _lose_facts(connection: Connection, day: date) -> None:
 
 
 def _show(console: Console, connection: Connection, first: date, last: date, title: str) -> None:
-    days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     table = Table("fact", "expected rows", "missing", "stale", "orphaned", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     with console.status("Comparing every fact with its source, day by day"):
         for fact in FACTS:
-            stage_days(connection, fact, first, last)
-            states = [compare_day(connection, fact, day) for day in days]
+            states = compare_days(connection, fact, first, last).values()
             missing = sum(state.missing for state in states)
             table.add_row(
                 fact.table,

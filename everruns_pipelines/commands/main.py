@@ -14,22 +14,46 @@ import psycopg
 
 from everruns_pipelines import __version__
 from everruns_pipelines.commands import (
+    alert_test,
     backfill,
     demo,
     dev,
     diagnose,
     doctor,
+    erase,
     init,
     project,
     rebuild,
+    serve,
+    token,
+    url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, init, doctor, backfill, project, rebuild, diagnose)
+_COMMANDS = (
+    demo,
+    dev,
+    serve,
+    token,
+    init,
+    doctor,
+    backfill,
+    project,
+    rebuild,
+    erase,
+    diagnose,
+    alert_test,
+    url,
+)
 
-_PART_OF: Mapping[str, Part] = {"backfill": "reporting", "project": "reporting", "rebuild": "items"}
+_PART_OF: Mapping[str, Part] = {
+    "backfill": "reporting",
+    "project": "reporting",
+    "erase": "reporting",
+    "rebuild": "items",
+}
 
 _DONE, _FAILED, _REFUSED = 0, 1, 2
 
@@ -71,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
 def _refuse_part_that_is_off(command: str, options: argparse.Namespace, settings: Settings) -> None:
     """What is on in a deployment elsewhere (`--url`), that one says itself."""
     part = _PART_OF.get(command)
-    if part is not None and part not in settings.parts and options.url is None:
+    if part is not None and part not in settings.parts and not getattr(options, "url", None):
         raise Refusal(
             f"{command} is of {part}, which is off here: EVERRUNS_PARTS must name {part}",
             code="not_found_error",
@@ -103,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for command in _COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         added = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(added)
         added.set_defaults(run=command.run)

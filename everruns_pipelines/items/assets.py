@@ -7,7 +7,6 @@ See https://docs.dagster.io/guides/build/assets.
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from hashlib import sha256
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -17,8 +16,16 @@ import dagster as dg
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
-from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.checks import (
+    CheckConfig,
+    check_op,
+    check_results,
+    check_specs,
+    days_to_check,
+)
+from everruns_pipelines.orchestration.failures import told_plainly, try_again
+from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
@@ -73,6 +80,11 @@ _SPAN_SCHEMA = dg.TableSchema(
     ]
 )
 
+_PROMISES = {
+    "missing": "Every sound envelope in the days' spans has its row.",
+    "stale": "Every row of the days' spans, and its links, are what the span says.",
+}
+
 _REASONS = dg.TableSchema(
     columns=[dg.TableColumn(name="reason", type="text"), dg.TableColumn("envelopes", "integer")]
 )
@@ -101,7 +113,7 @@ class ItemAssets:
 def span_table(settings: Settings) -> dg.AssetSpec:
     """The span table that items are made from: shown in the lineage, never written."""
     return dg.AssetSpec(
-        SPANS,
+        asset_key(settings, SPANS),
         group_name="platform",
         description=f"The table {settings.spans_table} of the OpenTelemetry Collector's ClickHouse "
         "exporter: read, never written.",
@@ -116,18 +128,17 @@ def item_assets(settings: Settings) -> ItemAssets:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name="items",
+        key=asset_key(settings, "items"),
         group_name="items",
         description=_DESCRIPTION,
         kinds={"postgres", "clickhouse"},
         owners=["team:everruns"],
-        deps=[SPANS],
+        deps=[asset_key(settings, SPANS)],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=_version(),
         # A rebuild reads one and writes the other; of ClickHouse there is less to go round.
         pool="clickhouse",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
@@ -144,60 +155,54 @@ def item_assets(settings: Settings) -> ItemAssets:
     ) -> None:
         from everruns_pipelines.items.rebuild import rebuild_day
 
-        for day in context.partition_keys:
-            context.log.info(f"Rebuilding the items of {day}")
-            with items_failures():
+        with items_failures():
+            for day in days_of_run(context.run, partitions):
+                context.log.info(f"Rebuilding the items of {day}")
                 done = rebuild_day(
-                    everruns_items_postgres,
-                    everruns_clickhouse,
-                    date.fromisoformat(day),
-                    context.log.info,
+                    everruns_items_postgres, everruns_clickhouse, day, context.log.info
                 )
-            context.add_asset_metadata(as_metadata(done), partition_key=day)
+                context.add_asset_metadata(as_metadata(done), partition_key=day.isoformat())
 
     @dg.multi_asset_check(
-        name="items_equal_their_spans",
+        name=check_op("items"),
+        specs=check_specs(asset_key(settings, "items"), _PROMISES),
+        can_subset=True,
         pool="clickhouse",
-        specs=[
-            dg.AssetCheckSpec(
-                "no_envelope_without_its_item",
-                asset="items",
-                description="Every sound envelope in the day's spans has its row.",
-                partitions_def=partitions,
-            ),
-            dg.AssetCheckSpec(
-                "no_item_differs_from_its_envelope",
-                asset="items",
-                description="Every row of the day's spans, and its links, are what the span says.",
-                partitions_def=partitions,
-            ),
-        ],
     )
-    def items_equal_their_spans(
+    def items_checks(
         context: dg.AssetCheckExecutionContext,
+        config: CheckConfig,
         everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.items.rebuild import rebuild_day
 
-        missing: dict[str, int] = {}
-        different: dict[str, int] = {}
-        for day in context.partition_keys:
-            with items_failures():
-                would = rebuild_day(
+        with items_failures():
+            asked = days_to_check(context, settings, config)
+            # Before the first span is stored there is no table to look at.
+            days = asked if everruns_clickhouse.is_there() else []
+            would = {
+                day: rebuild_day(
                     everruns_items_postgres,
                     everruns_clickhouse,
-                    date.fromisoformat(day),
+                    day,
                     context.log.info,
                     dry_run=True,
                 )
-            missing[day] = would.inserted
-            # A link that is missing is a difference of the item that names it.
-            different[day] = would.refreshed + would.links_created
-        yield _check_result("no_envelope_without_its_item", "missing", missing)
-        yield _check_result("no_item_differs_from_its_envelope", "different", different)
+                for day in days
+            }
+        yield from check_results(
+            context,
+            days,
+            sum(one.processed for one in would.values()),
+            {
+                "missing": {day: one.inserted for day, one in would.items()},
+                # A link that is missing is a difference of the item that names it.
+                "stale": {day: one.refreshed + one.links_created for day, one in would.items()},
+            },
+        )
 
-    return ItemAssets(items, items_equal_their_spans)
+    return ItemAssets(items, items_checks)
 
 
 def _version() -> str:
@@ -214,7 +219,7 @@ def items_failures() -> Generator[None]:
         try:
             yield
         except ClickHouseFailure as failure:
-            raise dg.Failure(str(failure)) from failure
+            try_again(dg.Failure(str(failure)))
 
 
 def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:
@@ -237,20 +242,3 @@ def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:
             schema=_TAKEN_BACK,
         ),
     }
-
-
-def _check_result(name: str, what: str, by_day: dict[str, int]) -> dg.AssetCheckResult:
-    number = sum(by_day.values())
-    days = [day for day, count in by_day.items() if count]
-    return dg.AssetCheckResult(
-        check_name=name,
-        asset_key="items",
-        passed=number == 0,
-        description=(
-            "Every item of the day is right"
-            if number == 0
-            else f"{number} items {what}: materialize {', '.join(days[:7])}"
-            + (" and more" if len(days) > 7 else "")
-        ),
-        metadata={what: number, "days": len(days)},
-    )

@@ -18,9 +18,9 @@ import dagster as dg
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items.jobs import rebuild_items
+from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.items.span_table import Position
-from everruns_pipelines.orchestration.timetable import BackOff, cron, day_range_tags
+from everruns_pipelines.orchestration.timetable import BackOff, day_schedules, hourly_schedule
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ _TRACES_PER_RUN = 200
 _MOST_REMEMBERED = 10_000
 
 _START = Position(0)
-
-WEEKLY_DAYS = 90
 
 materialize_items = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "materialize_items",
@@ -177,27 +175,16 @@ def item_failures_sensor(
 
 
 def item_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
-    """Nightly two days, weekly a quarter: each a range of partitions in one run."""
+    """Nightly and weekly the days are materialized, hourly they are looked at."""
     return [
-        _schedule(settings, "nightly_items", settings.nightly_at, 2),
-        _schedule(settings, "weekly_items", settings.weekly_at, WEEKLY_DAYS),
+        *day_schedules(settings, "items", materialize_items),
+        hourly_schedule(
+            "hourly_items_check",
+            check_items,
+            10,
+            "Looks every hour whether the items of the last 7 days are right; repairs nothing.",
+        ),
     ]
-
-
-def _schedule(settings: Settings, name: str, at: str, days: int) -> dg.ScheduleDefinition:
-    @dg.schedule(  # pyright: ignore[reportUnknownMemberType]
-        name=name,
-        cron_schedule=cron(at),
-        job=materialize_items,
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"The items of the last {days} days, the running one included, "
-        f"materialized and checked in one run: {at} UTC.",
-    )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
-        today = context.scheduled_execution_time.astimezone(UTC).date()
-        return dg.RunRequest(run_key=today.isoformat(), tags=day_range_tags(settings, today, days))
-
-    return schedule
 
 
 def _run_requests(failures: "Sequence[Unstored]") -> Iterator[dg.RunRequest]:

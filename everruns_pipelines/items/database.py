@@ -2,14 +2,68 @@
 
 from everruns_pipelines.databases import own_schema
 from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.privileges import (
+    Privilege,
+    on_columns,
+    owning,
+    reading,
+    require,
+)
 from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.errors import Refusal
 
 _PLATFORM_TABLES = ("item_organizations", "item_workspaces", "projects", "items", "item_links")
 
+# What we do with them. Of an item everything but what people decide about it.
+_DERIVED = (
+    "item_type title ref data session_id trace_id span_id capability capability_version schema_ref"
+)
+_READ = {
+    "item_organizations": "id slug",
+    "item_workspaces": "id organization_id slug",
+    "projects": "id workspace_id slug",
+    "items": f"id project_id dedupe_key {_DERIVED}",
+    "item_links": "id source_item_id target_item_id relationship",
+}
+_INSERTED = {
+    "items": f"organization_id project_id dedupe_key disposition source created_at updated_at"
+    f" {_DERIVED}",
+    "item_links": "id project_id source_item_id target_item_id relationship created_at",
+}
+_UPDATED = {"items": f"updated_at {_DERIVED}"}
+OWN_TABLE = "everruns_pipelines.item_rejections"
+
+
+def needed_privileges() -> list[Privilege]:
+    """What a role needs on the platform's tables, by column."""
+    return [
+        *reading(_columns(_READ)),
+        *on_columns("INSERT", _columns(_INSERTED)),
+        *on_columns("UPDATE", _columns(_UPDATED)),
+    ]
+
+
+def _columns(tables: dict[str, str]) -> dict[str, list[str]]:
+    return {table: columns.split() for table, columns in tables.items()}
+
 
 def check_platform(connection: Connection) -> None:
-    """Raise a `Refusal` if the platform's tables of items are not there."""
+    """Check that we can work on the platform's tables of items.
+
+    Raises:
+        Refusal: one is not there, or the role lacks a privilege; names all that is missing.
+    """
+    check_tables(connection)
+    require(connection, needed_privileges())
+
+
+def check_own_tables(connection: Connection) -> None:
+    """Raise a `Refusal` that names what the role lacks on the table that is ours."""
+    require(connection, owning([OWN_TABLE]))
+
+
+def check_tables(connection: Connection) -> None:
+    """Raise a `Refusal` if the platform's tables of items are not there, whoever may read them."""
     rows = connection.execute(
         "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL",
         [list(_PLATFORM_TABLES)],
@@ -34,4 +88,4 @@ def ensure_schema(connection: Connection) -> None:
         Refusal: it is missing and the role may not make it.
     """
     script = read_sql("everruns_pipelines.items", "schema.sql")
-    own_schema.ensure(connection, "everruns_pipelines.item_rejections", script)
+    own_schema.ensure(connection, OWN_TABLE, script)

@@ -10,7 +10,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.assets import as_metadata, items_failures
 from everruns_pipelines.items.scope import RebuildRequest
-from everruns_pipelines.orchestration.failures import RETRIES
+from everruns_pipelines.orchestration.checks import check_job
 
 
 class RebuildConfig(dg.Config):
@@ -38,11 +38,10 @@ class RebuildConfig(dg.Config):
 
 
 @dg.op(
-    name="rebuild",
+    name="everruns_rebuild",
     description="Bring items back to what their spans say.",
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     pool="clickhouse",
-    retry_policy=RETRIES,
 )
 def rebuild_op(
     context: dg.OpExecutionContext,
@@ -68,4 +67,7 @@ def rebuild_op(
 )
 def rebuild_items() -> None:
     """The op `rebuild` alone, in the run's own process."""
-    rebuild_op()
+    rebuild_op.alias("rebuild")()  # pyright: ignore[reportUnknownMemberType]
+
+
+check_items = check_job("check_items", "items", ["items"])

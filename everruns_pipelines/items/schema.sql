@@ -1,7 +1,5 @@
 -- What a rebuild met and could not store: one row each, until a later rebuild stores the item.
 -- No column holds payload.
-CREATE SCHEMA IF NOT EXISTS everruns_pipelines;
-
 CREATE TABLE IF NOT EXISTS everruns_pipelines.item_rejections (
     -- Made from project and dedupe key, or project, span and position: a rebuild replaces its own.
     id uuid NOT NULL,

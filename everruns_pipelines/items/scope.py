@@ -78,14 +78,7 @@ def resolve_project(connection: Connection, request: RebuildRequest) -> UUID:
     Raises:
         Refusal: `not_found_error`, naming the first of the three that does not exist there.
     """
-    organization = _find(
-        connection,
-        "SELECT id FROM item_organizations WHERE id = %(id)s OR slug = %(slug)s"
-        " ORDER BY id = %(id)s DESC NULLS LAST",
-        "organization",
-        request.organization,
-        None,
-    )
+    organization = _find_organization(connection, request.organization)
     workspace = _find(
         connection,
         "SELECT id FROM item_workspaces WHERE organization_id = %(parent)s"
@@ -101,6 +94,31 @@ def resolve_project(connection: Connection, request: RebuildRequest) -> UUID:
         "project",
         request.project,
         workspace,
+    )
+
+
+def hold_to(connection: Connection, organization: str, request: RebuildRequest) -> None:
+    """Refuse every organization but one, as if there were no other.
+
+    Args:
+        organization: slug or UUID of the one.
+
+    Raises:
+        Refusal: `not_found_error`: the request names another one, or none that exists.
+    """
+    one = _find_organization(connection, organization)
+    if _find_organization(connection, request.organization) != one:
+        raise _not_found("organization", request.organization)
+
+
+def _find_organization(connection: Connection, name: str) -> UUID:
+    return _find(
+        connection,
+        "SELECT id FROM item_organizations WHERE id = %(id)s OR slug = %(slug)s"
+        " ORDER BY id = %(id)s DESC NULLS LAST",
+        "organization",
+        name,
+        None,
     )
 
 
@@ -123,10 +141,14 @@ def _find(
             query, {"id": as_uuid(name), "slug": name, "parent": parent}
         ).fetchone()
     if found is None:
-        raise Refusal(
-            f"No such {kind}",
-            code="not_found_error",
-            status=404,
-            errors=(FieldError((kind,), "must be the slug or the UUID of an existing one"),),
-        )
+        raise _not_found(kind, name)
     return found[0]
+
+
+def _not_found(kind: str, name: str) -> Refusal:
+    return Refusal(
+        f"No such {kind}: {name!a:.80}",
+        code="not_found_error",
+        status=404,
+        errors=(FieldError((kind,), "must be the slug or the UUID of an existing one"),),
+    )

@@ -21,7 +21,7 @@ from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.items.rebuild import rebuild_day
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Part, Settings
 
@@ -213,9 +213,7 @@ def _waiting(connection: Connection) -> dict[str, float]:
 def _facts(connection: Connection, first: date, last: date, log: Log) -> Iterator[Day]:
     for fact in FACTS:
         log(f"Comparing {fact.table} with its sources, {first} to {last}")
-        stage_days(connection, fact, first, last)
-        for day in _days(first, last):
-            state = compare_day(connection, fact, day)
+        for day, state in compare_days(connection, fact, first, last).items():
             yield Day(
                 fact.table,
                 day,

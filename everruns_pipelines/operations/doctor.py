@@ -1,6 +1,6 @@
 """Whether everything is in place: each question answered by ok, or by what to do. Reads only."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psycopg
@@ -10,7 +10,11 @@ from everruns_pipelines.databases.clickhouse import (
     ClickHouseDatabase,
     ClickHouseFailure,
 )
-from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
+from everruns_pipelines.databases.postgres import (
+    Connection,
+    ItemsPostgresDatabase,
+    PostgresDatabase,
+)
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items import database as items_database
 from everruns_pipelines.items.objects import ObjectStore
@@ -92,21 +96,30 @@ def _reporting_tables(settings: Settings) -> str:
 def _item_tables(settings: Settings) -> str:
     with ItemsPostgresDatabase(settings).connect() as connection:
         items_database.check_platform(connection)
-    return "every table that items need"
+    return "every table, column and privilege that items need"
 
 
 def _reporting_schema(settings: Settings) -> str:
-    return _own_schema(PostgresDatabase(settings), "everruns_pipelines.fact_rejections")
+    return _own_schema(PostgresDatabase(settings), database.OWN_TABLES, database.check_own_tables)
 
 
 def _items_schema(settings: Settings) -> str:
-    return _own_schema(ItemsPostgresDatabase(settings), "everruns_pipelines.item_rejections")
+    return _own_schema(
+        ItemsPostgresDatabase(settings),
+        [items_database.OWN_TABLE],
+        items_database.check_own_tables,
+    )
 
 
-def _own_schema(postgres: PostgresDatabase, table: str) -> str:
+def _own_schema(
+    postgres: PostgresDatabase, tables: Iterable[str], check: Callable[[Connection], None]
+) -> str:
     with postgres.connect() as connection:
-        if not _exists(connection, table):
-            raise _Todo(f"the table {table} is missing: run `everruns-pipelines init`")
+        # First: in a schema that is closed to the role no table can be looked up.
+        check(connection)
+        for table in tables:
+            if not _exists(connection, table):
+                raise _Todo(f"the table {table} is missing: run `everruns-pipelines init`")
     return "what is ours in the schema everruns_pipelines is there"
 
 

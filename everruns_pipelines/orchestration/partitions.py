@@ -1,8 +1,16 @@
-"""The one partitioning of every asset: UTC days, the running one included."""
+"""The one partitioning of every asset, UTC days, and which of them a run is of."""
+
+from collections.abc import Mapping
+from datetime import date, timedelta
 
 import dagster as dg
 
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
+
+_DAY = "dagster/partition"
+_FIRST = "dagster/asset_partition_range_start"
+_LAST = "dagster/asset_partition_range_end"
 
 
 def day_partitions(settings: Settings) -> dg.DailyPartitionsDefinition:
@@ -10,3 +18,30 @@ def day_partitions(settings: Settings) -> dg.DailyPartitionsDefinition:
     return dg.DailyPartitionsDefinition(
         start_date=settings.reporting_start.isoformat(), end_offset=1
     )
+
+
+def day_range_tags(settings: Settings, last: date, days: int) -> Mapping[str, str]:
+    """Tags that make a run cover the `days` partitions up to and with `last`, all in one run."""
+    first = max(settings.reporting_start, last - timedelta(days=days - 1))
+    return {_FIRST: first.isoformat(), _LAST: last.isoformat()}
+
+
+def days_of_run(run: dg.DagsterRun, partitions: dg.DailyPartitionsDefinition) -> list[date]:
+    """The days that the run's tags name: one, or a range. Empty if it is of no partition.
+
+    Raises:
+        Refusal: a day is not a partition. Dagster checks a single one, but not the ends of a range.
+    """
+    first = run.tags.get(_FIRST) or run.tags.get(_DAY)
+    if first is None:
+        return []
+    last = run.tags.get(_LAST) or first
+    for key in (first, last):
+        if not partitions.has_partition_key(key):
+            oldest, newest = (
+                partitions.get_first_partition_key(),
+                partitions.get_last_partition_key(),
+            )
+            raise Refusal(f"partition: expected a day from {oldest} to {newest}, got {key[:40]}")
+    keys = partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last))
+    return [date.fromisoformat(key) for key in keys]

@@ -1,16 +1,21 @@
 """When things run by themselves: cron lines, the days that a run covers, how long to back off."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import date, timedelta
-from typing import Self
+from datetime import UTC, timedelta
+from typing import Any, Self
 
+import dagster as dg
+
+from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.settings import WEEKDAYS, Settings
 
 # One nightly run that is missed is worth a look, two are a fault.
 STALE_AFTER = timedelta(hours=26)
 FAILED_AFTER = timedelta(hours=50)
+
+_NIGHTLY_DAYS = 2
+_WEEKLY_DAYS = 90
 
 _SHORTEST_PAUSE = 30.0
 _LONGEST_PAUSE = 3600.0
@@ -23,13 +28,41 @@ def cron(at: str) -> str:
     return f"{int(minute)} {int(hour)} * * {WEEKDAYS.index(weekday) if weekday else '*'}"
 
 
-def day_range_tags(settings: Settings, last: date, days: int) -> Mapping[str, str]:
-    """Tags that make a run cover the `days` partitions up to and with `last`, all in one run."""
-    first = max(settings.reporting_start, last - timedelta(days=days - 1))
-    return {
-        "dagster/asset_partition_range_start": first.isoformat(),
-        "dagster/asset_partition_range_end": last.isoformat(),
-    }
+def day_schedules(settings: Settings, domain: str, job: Any) -> list[dg.ScheduleDefinition]:
+    """Nightly two days, weekly a quarter: each a range of partitions in one run of `job`."""
+    return [
+        _day_schedule(settings, f"nightly_{domain}", job, settings.nightly_at, _NIGHTLY_DAYS),
+        _day_schedule(settings, f"weekly_{domain}", job, settings.weekly_at, _WEEKLY_DAYS),
+    ]
+
+
+def _day_schedule(
+    settings: Settings, name: str, job: Any, at: str, days: int
+) -> dg.ScheduleDefinition:
+    @dg.schedule(  # pyright: ignore[reportUnknownMemberType]
+        name=name,
+        cron_schedule=cron(at),
+        job=job,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Materializes and checks the last {days} days up to and with today, "
+        f"in one run: {at} UTC.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        today = context.scheduled_execution_time.astimezone(UTC).date()
+        return dg.RunRequest(run_key=today.isoformat(), tags=day_range_tags(settings, today, days))
+
+    return schedule
+
+
+def hourly_schedule(name: str, job: Any, minute: int, description: str) -> dg.ScheduleDefinition:
+    """A run of `job` every hour, so many minutes after it began."""
+    return dg.ScheduleDefinition(
+        name=name,
+        job=job,
+        cron_schedule=f"{minute} * * * *",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=description,
+    )
 
 
 def pause_after(failures: int) -> float:

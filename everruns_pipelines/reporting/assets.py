@@ -4,34 +4,39 @@ See https://docs.dagster.io/guides/build/assets and
 https://docs.dagster.io/guides/test/asset-checks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import dagster as dg
 from pydantic import Field
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
-from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
-from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.checks import (
+    CheckConfig,
+    check_op,
+    check_results,
+    check_specs,
+    days_to_check,
+)
+from everruns_pipelines.orchestration.failures import told_plainly
+from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.reporting.reconcile import DayReport, DayState
+    from everruns_pipelines.reporting.reconcile import DayReport
 
 OWNERS = ["team:everruns"]
-_CHECKS = {
-    "no_missing_rows": "Every row that the day's sources make is there.",
-    "no_stale_rows": "Every row has the values that its source makes, and a source that makes it.",
-    "no_orphaned_rows": "Every row has a source, or one in the archive.",
+_PROMISES = {
+    "missing": "Every row that the days' sources make is there.",
+    "stale": "Every row has the values that its source makes, and a source that makes it.",
+    "orphaned": "Every row has a source, or one in the archive.",
 }
-_DAYS_SCHEMA = dg.TableSchema([dg.TableColumn("day", "date"), dg.TableColumn("rows", "integer")])
 
 
 class FactConfig(dg.Config):
@@ -45,11 +50,11 @@ class FactConfig(dg.Config):
     )
 
 
-def source_assets() -> list[dg.AssetSpec]:
+def source_assets(settings: Settings) -> list[dg.AssetSpec]:
     """The platform's tables that facts are made from: shown in the lineage, never written."""
     return [
         dg.AssetSpec(
-            source.table,
+            asset_key(settings, source.table),
             group_name="platform",
             description=f"The platform's table {source.table}: read, never written.",
             kinds={"postgres"},
@@ -74,17 +79,16 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name=fact.table,
+        key=asset_key(settings, fact.table),
         group_name="reporting",
         description=fact.description,
         kinds={"postgres", "sql"},
         owners=OWNERS,
-        deps=[source.table for source in fact.sources],
+        deps=[asset_key(settings, source.table) for source in fact.sources],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
         pool="postgres",
-        retry_policy=RETRIES,
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=FAILED_AFTER, warn_window=STALE_AFTER
         ),
@@ -99,27 +103,30 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> None:
         from everruns_pipelines.reporting.database import prepare
-        from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
+        from everruns_pipelines.reporting.erasure import check_session_id
+        from everruns_pipelines.reporting.reconcile import materialize_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
-            days = _days(context, partitions)
-            session_id = _session_id(config)
+            days = days_of_run(context.run, partitions)
+            given = config.session_id
+            session_id = None if given is None else check_session_id(given)
             prepare(connection)
-            context.log.info(f"Finding the sources of {len(days)} days")
-            stage_days(connection, fact, days[0], days[-1])
-            for number, day in enumerate(days, start=1):
-                started = monotonic()
-                report = materialize_day(
-                    connection,
-                    fact,
-                    day,
-                    remove_orphans=config.remove_orphans,
-                    session_id=session_id,
-                )
+            context.log.info(f"Comparing {len(days)} days with their sources")
+            started = monotonic()
+            reports = materialize_days(
+                connection,
+                fact,
+                days[0],
+                days[-1],
+                remove_orphans=config.remove_orphans,
+                session_id=session_id,
+            )
+            for number, (day, report) in enumerate(reports, start=1):
                 context.add_asset_metadata(
                     _metadata(report, monotonic() - started), partition_key=day.isoformat()
                 )
                 context.log.info(f"{day}: {_summary(report)}; {len(days) - number} days remain")
+                started = monotonic()
 
     return materialize
 
@@ -128,32 +135,6 @@ def _schema(columns: Sequence[Column]) -> dg.TableSchema:
     return dg.TableSchema(
         [dg.TableColumn(column.name, column.type, column.description) for column in columns]
     )
-
-
-def _days(
-    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
-    partitions: dg.DailyPartitionsDefinition,
-) -> list[date]:
-    """The days of the run. Dagster checks a single one, but not the ends of a range."""
-    asked = context.partition_key_range
-    for key in (asked.start, asked.end):
-        if not partitions.has_partition_key(key):
-            first, last = partitions.get_first_partition_key(), partitions.get_last_partition_key()
-            raise Refusal(f"partition: expected a day from {first} to {last}, got {key[:40]}")
-    return [date.fromisoformat(key) for key in partitions.get_partition_keys_in_range(asked)]
-
-
-def _session_id(config: FactConfig) -> str | None:
-    """The session in the one form that PostgreSQL reads, too: Python takes more than it does."""
-    if config.session_id is None:
-        return None
-    try:
-        return str(UUID(config.session_id))
-    except ValueError:
-        expected = "expected a UUID, or null for all sessions"
-        raise Refusal(
-            f"session_id: {expected}", errors=(FieldError(("session_id",), expected),)
-        ) from None
 
 
 def _summary(report: "DayReport") -> str:
@@ -185,74 +166,33 @@ def _metadata(report: "DayReport", seconds: float) -> dict[str, int | float | dg
 
 
 def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
-    partitions = day_partitions(settings)
-
     @dg.multi_asset_check(
-        name=f"{fact.table}_checks",
-        specs=[
-            dg.AssetCheckSpec(
-                name, asset=fact.table, description=description, partitions_def=partitions
-            )
-            for name, description in _CHECKS.items()
-        ],
+        name=check_op(fact.table),
+        specs=check_specs(asset_key(settings, fact.table), _PROMISES),
         can_subset=True,
         pool="postgres",
     )
     def check(
         context: dg.AssetCheckExecutionContext,
+        config: CheckConfig,
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.reporting.database import prepare
-        from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+        from everruns_pipelines.reporting.reconcile import compare_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
-            days = _days(context, partitions)
+            days = days_to_check(context, settings, config)
             prepare(connection)
-            stage_days(connection, fact, days[0], days[-1])
-            states = {day: compare_day(connection, fact, day) for day in days}
-        for key in context.selected_asset_check_keys:
-            yield _judge(key.name, states)
+            states = compare_days(connection, fact, days[0], days[-1])
+        yield from check_results(
+            context,
+            days,
+            sum(state.expected for state in states.values()),
+            {
+                "missing": {day: state.missing for day, state in states.items()},
+                "stale": {day: state.stale + state.superseded for day, state in states.items()},
+                "orphaned": {day: state.orphaned for day, state in states.items()},
+            },
+        )
 
     return check
-
-
-def _judge(name: str, states: "Mapping[date, DayState]") -> dg.AssetCheckResult:
-    wrong = {day: _wrong_rows(name, state) for day, state in states.items()}
-    found = {day: rows for day, rows in wrong.items() if rows}
-    return dg.AssetCheckResult(
-        check_name=name,
-        passed=not found,
-        # An orphan may be wanted: whoever deleted the session decides.
-        severity=(
-            dg.AssetCheckSeverity.WARN
-            if name == "no_orphaned_rows"
-            else dg.AssetCheckSeverity.ERROR
-        ),
-        description=(
-            f"{sum(found.values())} rows in {len(found)} of {len(states)} days: "
-            "materialize these days to repair them"
-            if found
-            else None
-        ),
-        metadata={
-            "rows": sum(found.values()),
-            "expected_rows": sum(state.expected for state in states.values()),
-            "days": dg.MetadataValue.table(
-                [
-                    dg.TableRecord({"day": day.isoformat(), "rows": rows})
-                    for day, rows in sorted(found.items())[:100]
-                ],
-                schema=_DAYS_SCHEMA,
-            ),
-        },
-    )
-
-
-def _wrong_rows(name: str, state: "DayState") -> int:
-    match name:
-        case "no_missing_rows":
-            return state.missing
-        case "no_stale_rows":
-            return state.stale + state.superseded
-        case _:
-            return state.orphaned

@@ -12,15 +12,19 @@ import dagster as dg
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.orchestration.timetable import BackOff, cron, day_range_tags, pause_after
-from everruns_pipelines.reporting.jobs import DRAINS, project_reporting
+from everruns_pipelines.orchestration.timetable import (
+    BackOff,
+    day_schedules,
+    hourly_schedule,
+    pause_after,
+)
+from everruns_pipelines.reporting.jobs import DRAINS, check_reporting, project_reporting
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.watch import Due
 
 SENSOR = "reporting_outbox_sensor"
-WEEKLY_DAYS = 90
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -88,27 +92,16 @@ def reporting_outbox_sensor(
 
 
 def reporting_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
-    """Nightly two days, weekly a quarter: each a range of partitions in one run."""
+    """Nightly and weekly the days are materialized, hourly they are looked at."""
     return [
-        _schedule(settings, "nightly_reporting", settings.nightly_at, 2),
-        _schedule(settings, "weekly_reporting", settings.weekly_at, WEEKLY_DAYS),
+        *day_schedules(settings, "reporting", materialize_reporting),
+        hourly_schedule(
+            "hourly_reporting_check",
+            check_reporting,
+            5,
+            "Looks every hour whether the facts of the last 7 days are right; repairs nothing.",
+        ),
     ]
-
-
-def _schedule(settings: Settings, name: str, at: str, days: int) -> dg.ScheduleDefinition:
-    @dg.schedule(  # pyright: ignore[reportUnknownMemberType]
-        name=name,
-        cron_schedule=cron(at),
-        job=materialize_reporting,
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"Every fact of the last {days} days, the running one included, "
-        f"materialized and checked in one run: {at} UTC.",
-    )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
-        today = context.scheduled_execution_time.astimezone(UTC).date()
-        return dg.RunRequest(run_key=today.isoformat(), tags=day_range_tags(settings, today, days))
-
-    return schedule
 
 
 def _skipped(reason: str, back_off: BackOff | None = None) -> dg.SensorResult:

@@ -7,12 +7,16 @@ taken for granted. See docs/backfill.md for why that is cheap.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import LiteralString, cast
 
-import psycopg
-
-from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
+from everruns_pipelines.databases.postgres import (
+    Connection,
+    transaction,
+    tried_again,
+    wait_for_lock,
+)
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import SOURCES, Source
@@ -21,7 +25,8 @@ from everruns_pipelines.reporting.missing import find_missing
 
 # Held by the platform's own backfill and repair for as long as they run.
 GLOBAL_LOCK = 0x6576_6572_7270_7471
-LOCK_WAIT_SECONDS = 30
+# Longer than the server takes to notice that whoever held it has gone from the network.
+LOCK_WAIT_SECONDS = 60
 LARGEST_LIMIT = 10_000
 
 _WORK_MEM = "256MB"
@@ -83,6 +88,34 @@ def enqueue(
     return {"enqueued": enqueued.total(), **counts}
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Sources of one type that lack a fact or have a stale one, and do not wait in the outbox.
+
+    Args:
+        sources: how many.
+        oldest: since when the oldest has been so, at most: when it happened or last changed. None
+            if there are none.
+    """
+
+    sources: int = 0
+    oldest: datetime | None = None
+
+
+def look(connection: Connection, org_id: int | None = None) -> dict[str, Missing]:
+    """What a backfill without a limit would enqueue, by source type: exact, whatever its age.
+
+    Enqueues nothing. Digests are kept, so that the next look is cheap: see docs/backfill.md.
+    """
+    with transaction(connection, work_mem=_WORK_MEM):
+        find_missing(connection, SOURCES, org_id)
+        _choose(connection, None)
+        found = connection.execute(_SQL["look"]).fetchall()
+    return {source.type: Missing() for source in SOURCES} | {
+        source_type: Missing(sources, oldest) for source_type, sources, oldest in found
+    }
+
+
 def _enqueue_once(
     connection: Connection,
     request: BackfillRequest,
@@ -93,7 +126,9 @@ def _enqueue_once(
     """Choose what is missing, and enqueue it; how many of each type."""
     with transaction(connection, work_mem=_WORK_MEM):
         if request.org_id is None and not request.dry_run:
-            _lock(connection, lock_wait_seconds)
+            # Keeps the platform's own backfills out.
+            what = "Another backfill or repair of all organizations is running"
+            wait_for_lock(connection, GLOBAL_LOCK, what, lock_wait_seconds)
         find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
         chosen = _choose(connection, limit)
         return chosen, chosen if request.dry_run else _write(connection)
@@ -140,29 +175,7 @@ def _refused(field: str, expected: str, value: object) -> Refusal:
     )
 
 
-def _lock(connection: Connection, wait_seconds: float) -> None:
-    """Keep the platform's own backfills out until the end of the transaction."""
-    set_timeout = "SELECT set_config('lock_timeout', %s, true)"
-    usual = connection.execute("SELECT current_setting('lock_timeout')").fetchone()
-    assert usual is not None
-    try:
-        with connection.transaction():
-            # In milliseconds; 0 would wait for ever.
-            connection.execute(set_timeout, [str(max(1, round(wait_seconds * 1000)))])
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", [GLOBAL_LOCK])
-            connection.execute(set_timeout, usual)
-    except psycopg.errors.LockNotAvailable:
-        raise Refusal(
-            f"Another backfill or repair of all organizations holds the advisory lock "
-            f"{GLOBAL_LOCK:#x} and has not finished within {wait_seconds:g} s. "
-            "Try again when it is done, or give an org_id: one organization needs no lock",
-            code="locked",
-            status=409,
-            allowed_actions=("retry", "backfill_one_org"),
-        ) from None
-
-
-def _choose(connection: Connection, limit: int) -> Counter[str]:
+def _choose(connection: Connection, limit: int | None) -> Counter[str]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
     connection.execute(_SQL["choose"], {"limit": limit})
     return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")

@@ -1,9 +1,9 @@
 -- How a backfill fills the outbox with the sources in pg_temp.missing.
 
 -- name: choose
--- Up to `limit` of the missing sources that do not wait in the outbox already: the oldest of each
--- type, the first of every type before the second of any, so that each type gets its fair share
--- of the limit or all that it misses.
+-- Up to `limit` of the missing sources that do not wait in the outbox already, or all of them: the
+-- oldest of each type, the first of every type before the second of any, so that each type gets its
+-- fair share of the limit or all that it misses.
 CREATE TEMPORARY TABLE chosen ON COMMIT DROP AS
 WITH changed_sessions AS (
     -- The version of a session is the time of its last change.
@@ -57,11 +57,11 @@ queueable_sessions AS (
             AND coalesce(newest.version_time, newest.updated_at) < session.updated_at
 ),
 queueable AS (
-    SELECT source_type, reason, org_id, source_id, at, source_version, outbox_id
+    SELECT source_type, reason, org_id, source_id, at, updated_at AS since, source_version, outbox_id
     FROM queueable_sessions
     UNION ALL
     -- Everything else has one version, its id.
-    SELECT missing.*, missing.source_id, outbox.id
+    SELECT missing.*, missing.at, missing.source_id, outbox.id
     FROM pg_temp.missing
     LEFT JOIN reporting_outbox AS outbox
         ON outbox.org_id = missing.org_id
@@ -82,9 +82,19 @@ FROM (
         FROM queueable
     ) AS placed
     ORDER BY place, source_type
-    LIMIT %(limit)s
+    LIMIT %(limit)s::bigint
 ) AS chosen
 ORDER BY at, source_type, source_id
+
+-- name: look
+-- How many sources of each type were chosen, and since when the oldest is as it is: since its last
+-- change, as far as is known. In times that Python's calendar has.
+SELECT
+    source_type,
+    count(*),
+    greatest('0001-01-02Z', least('9999-12-30Z', min(since)))
+FROM pg_temp.chosen
+GROUP BY source_type
 
 -- name: enqueue
 -- Whatever others have enqueued meanwhile stays as it is and is not counted. Rows are written in the

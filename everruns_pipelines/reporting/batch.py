@@ -21,15 +21,15 @@ from everruns_pipelines.reporting.projector import (
     lock_sessions,
     project_selection,
     projections_of,
-    stage,
-    staged_parts,
+    stage_parts,
     try_lock_sessions,
 )
 
 # Sessions come last: until the transaction has ended, nobody else projects any.
 _ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
 _SELECTED = sql.SQL(
-    "SELECT source_type, org_id, source_id FROM pg_temp.batch WHERE source_id IS NOT NULL"
+    "SELECT source_type, org_id, source_id, is_new, is_apart FROM pg_temp.batch"
+    " WHERE source_id IS NOT NULL"
 )
 
 _SECONDS = 0.2  # that a batch should take
@@ -78,6 +78,7 @@ class Batches:
         self._largest = largest
         self._stop = stop
         self._awaits_sessions = False
+        self._number = 0
         self.size = min(largest, _FIRST)
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
@@ -99,6 +100,11 @@ class Batches:
                 continue
             if drained is not None:
                 self._adapt(drained.claimed, time.monotonic() - started)
+            self._number += 1
+            if self._number.bit_count() == 1:
+                # A plan for a table holds until the table is twice as large: by then, at the
+                # latest, there have been twice as many batches.
+                self._connection.execute("DISCARD PLANS")
             return drained
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
@@ -108,25 +114,28 @@ class Batches:
                 # Before any row is taken: so nobody waits for a row while we wait for a projector.
                 lock_sessions(connection)
             connection.execute(_SHORT_WAIT)
-            # A batch looks rows up by key. The default assumes a spinning disk, and scans instead.
-            connection.execute("SET LOCAL random_page_cost = 1.1")
             taken = self._outbox.take(size, cutoff)
             if not taken:
                 self._awaits_sessions = False
                 return None
-            stage(connection, _SELECTED, {})
-            parts = staged_parts(connection)
+            parts = stage_parts(connection, _SELECTED, {})
             done = Drained()
             for source in _ORDER:
-                if source.type not in parts:
-                    continue
-                if source is SESSION and not try_lock_sessions(connection):
+                of_source = [part for part in parts if part.source_type == source.type]
+                if source is SESSION and of_source and not try_lock_sessions(connection):
                     taken -= self._outbox.leave_sessions()
                     self._awaits_sessions = True
                     break
-                outcome = project_selection(connection, projections_of(source), *parts[source.type])
-                self._outbox.note_failures(source, outcome.failures)
-                done.outcome.add(Outcome(outcome.counts))
+                for part in of_source:
+                    outcome = project_selection(
+                        connection,
+                        projections_of(source),
+                        part.first,
+                        part.last,
+                        facts=part.facts,
+                    )
+                    self._outbox.note_failures(source, outcome.failures)
+                    done.outcome.add(Outcome(outcome.counts))
             else:
                 self._awaits_sessions = False
             finished = self._outbox.finish()

@@ -25,7 +25,7 @@ class Column:
     """
 
     name: str
-    type: str
+    type: LiteralString
     description: str
     dimension: LiteralString | None = None
 
@@ -40,6 +40,8 @@ class Source:
         counted_as: its key in the result of a backfill.
         time: the column whose UTC day is the partition of the facts.
         org_from_session: the table has no `org_id`; its session's counts.
+        archive: the table that its rows move to, with the same columns: a row is a row wherever it
+            lies, as long as its session stands.
     """
 
     type: str
@@ -48,15 +50,21 @@ class Source:
     counted_as: str
     time: str
     org_from_session: bool = False
+    archive: str | None = None
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Where its rows lie, each in one of them."""
+        return (self.table,) if self.archive is None else (self.table, self.archive)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A SELECT over `selected`, rows of one source table with their `org_id`.
+    """A SELECT over `selected`, rows of one source with their `org_id`.
 
-    Its columns are the fact's; the dimensions that it leaves out come from the session. Two more
-    are not stored: `rejected` says why a row is skipped, `reported` what is odd about one that is
-    written.
+    What else it reads of events stands in `all_events`, archived ones included. Its columns are the
+    fact's; the dimensions that it leaves out come from the session. Two more are not stored:
+    `rejected` says why a row is skipped, `reported` what is odd about one that is written.
 
     Args:
         name: the `.sql` file in `projections/`.
@@ -164,7 +172,15 @@ _TOKENS = (
 )
 _ALL_TOKENS = Column("total_tokens", "bigint", "Tokens of all four kinds.")
 
-EVENT = Source("event", "events", "event_projection", "events", "ts", org_from_session=True)
+EVENT = Source(
+    "event",
+    "events",
+    "event_projection",
+    "events",
+    "ts",
+    org_from_session=True,
+    archive="archived_events",
+)
 SESSION = Source("session", "sessions", "session_snapshot", "sessions", "created_at")
 LLM_GENERATION = Source(
     "llm_generation",
@@ -293,6 +309,20 @@ FACTS = (
                 "budget_posting",
                 USAGE_LEDGER,
                 provides=("user_id", "principal_id", "agent_id", "harness_id"),
+                tracks=(
+                    "session_id",
+                    "user_id",
+                    "principal_id",
+                    "agent_id",
+                    "harness_id",
+                    "budget_id",
+                    "budget_subject_type",
+                    "budget_subject_id",
+                    "currency",
+                    "meter_source",
+                    "ref_type",
+                    "amount",
+                ),
             ),
         ),
         has_turn=False,

@@ -19,7 +19,6 @@ _OLDEST_SERVER = 18
 _READ = {
     "agent_capabilities": "agent_id capability_id",
     "agents": "id org_id name",
-    "archived_events": "id",
     "budgets": "id org_id subject_type subject_id",
     "declarative_capabilities": "org_id name display_name",
     "harness_capabilities": "harness_id capability_id",
@@ -33,7 +32,7 @@ _OUTBOX = (
     "last_error claimed_at created_at updated_at"
 )
 _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
-_OWN_TABLES = (
+OWN_TABLES = (
     "everruns_pipelines.key_digests",
     "everruns_pipelines.fact_rejections",
     "everruns_pipelines.outbox_claims",
@@ -64,7 +63,7 @@ def prepare(connection: Connection) -> None:
     """
     check_platform(connection)
     ensure_schema(connection)
-    require(connection, owning(_OWN_TABLES))
+    check_own_tables(connection)
 
 
 def check_platform(connection: Connection) -> None:
@@ -73,6 +72,21 @@ def check_platform(connection: Connection) -> None:
     Raises:
         Refusal: it is too old, or lacks a table, a column or a privilege; names all that is
             missing.
+    """
+    check_tables(connection)
+    require(connection, needed_privileges())
+
+
+def check_own_tables(connection: Connection) -> None:
+    """Raise a `Refusal` that names what the role lacks on the tables that are ours."""
+    require(connection, owning(OWN_TABLES))
+
+
+def check_tables(connection: Connection) -> None:
+    """Check that the platform's tables are there, whoever may read them.
+
+    Raises:
+        Refusal: the server is too old, or lacks a table or a column; names all that is missing.
     """
     if connection.info.server_version < _OLDEST_SERVER * 10_000:
         raise Refusal(
@@ -94,7 +108,6 @@ def check_platform(connection: Connection) -> None:
         "The database lacks {}: it must be the platform's, with all migrations applied",
         "incompatible_schema",
     )
-    require(connection, needed_privileges())
 
 
 def require_org(connection: Connection, org_id: int) -> None:

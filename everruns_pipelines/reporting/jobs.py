@@ -1,10 +1,13 @@
 """The jobs `backfill_reporting` and `project_reporting`, and the ops that they are made of.
 
 Run config is typed here. What a value may be is judged by the domain, before anything is touched.
+In a job an op goes by its plain name; its definition begins with `everruns_`, so that it collides
+with none of a project that takes our definitions in.
 See https://docs.dagster.io/guides/build/jobs.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, cast
 
 import dagster as dg
@@ -12,8 +15,11 @@ from pydantic import Field
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.orchestration.failures import RETRIES, told_plainly
+from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.checks import check_job
+from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
+from everruns_pipelines.reporting.catalog import FACTS
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.drain import Drained
@@ -52,13 +58,12 @@ class ProjectConfig(dg.Config):
 
 
 @dg.op(
-    name="enqueue",
+    name="everruns_enqueue",
     out={
         "result": dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
         "drain": dg.Out(dg.Nothing, is_required=False),
     },
     pool="postgres",
-    retry_policy=RETRIES,
 )
 def enqueue_op(
     context: dg.OpExecutionContext,
@@ -88,10 +93,9 @@ def enqueue_op(
 
 
 @dg.op(
-    name="project",
+    name="everruns_project",
     ins={"after": dg.In(dg.Nothing)},
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
-    # Not tried again: its counts would be those of the last attempt. What is due stays due.
     pool="postgres",
 )
 def project_op(
@@ -103,7 +107,11 @@ def project_op(
     from everruns_pipelines.reporting.database import check_platform, prepare
     from everruns_pipelines.reporting.drain import Drained, check, drain_in_parallel
 
-    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
+    # Not tried again: its counts would be those of the last attempt. What is due stays due.
+    with (
+        told_plainly(Refusal.as_problem_details, retries=0),
+        everruns_postgres.connect() as connection,
+    ):
         check_platform(connection)
         check(
             connection,
@@ -114,14 +122,17 @@ def project_op(
         prepare(connection)
         drained = Drained()
         try:
-            for batch in drain_in_parallel(
-                everruns_postgres,
-                org_id=config.org_id,
-                batch_size=config.batch_size,
-                max_rows=config.max_rows,
-            ):
-                drained.add(batch)
-                context.log.info(_progress(connection, config, drained))
+            with closing(
+                drain_in_parallel(
+                    everruns_postgres,
+                    org_id=config.org_id,
+                    batch_size=config.batch_size,
+                    max_rows=config.max_rows,
+                )
+            ) as batches:
+                for batch in batches:
+                    drained.add(batch)
+                    context.log.info(_progress(connection, config, drained))
         finally:
             _report(context, everruns_postgres, drained)
     context.add_output_metadata(drained.result())
@@ -157,17 +168,21 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
     partitions = day_partitions(postgres.settings)
     for (table, day), counts in sorted(drained.outcome.counts.items()):
         if partitions.has_partition_key(day):
-            context.log_event(dg.AssetMaterialization(table, partition=day, metadata=dict(counts)))
+            key = asset_key(postgres.settings, table)
+            context.log_event(dg.AssetMaterialization(key, partition=day, metadata=dict(counts)))
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def backfill_reporting() -> None:
     """Enqueue what is missing, up to a limit, and project it while you watch."""
-    _, after = enqueue_op()
-    project_op(after)
+    _, after = enqueue_op.alias("enqueue")()  # pyright: ignore[reportUnknownMemberType]
+    project_op.alias("project")(after)  # pyright: ignore[reportUnknownMemberType]
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def project_reporting() -> None:
     """Project what is due in the outbox."""
-    project_op()
+    project_op.alias("project")()  # pyright: ignore[reportUnknownMemberType]
+
+
+check_reporting = check_job("check_reporting", "reporting", (fact.table for fact in FACTS))

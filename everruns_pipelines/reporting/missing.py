@@ -11,7 +11,13 @@ from psycopg import sql
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
 from everruns_pipelines.reporting.keys import declared_hashes, differs, hash_of, seed, sliced_facts
-from everruns_pipelines.reporting.query import EVERYTHING, columns_of, expected_rows, selected_rows
+from everruns_pipelines.reporting.query import (
+    EVERYTHING,
+    columns_of,
+    expected_rows,
+    rows_of,
+    selected_rows,
+)
 from everruns_pipelines.reporting.slices import (
     CHOSEN,
     choose_sessions,
@@ -151,6 +157,7 @@ def _explanations() -> sql.Composed:
     """
     return sql.SQL(_EXPLANATIONS).format(
         columns=columns_of(EVENT),
+        events=rows_of(EVENT),
         slices=chosen_slices(),
         explains=sql.SQL(" OR ").join(
             sql.SQL("{0} <> 0 AND {0} = {1}").format(sql.Identifier("slice", fact.table), key)
@@ -189,7 +196,7 @@ def _looked_up_events(events: LiteralString) -> sql.Composed:
             )
             for fact, keys in lacking.items()
         ),
-        events=sql.SQL(events),
+        events=sql.SQL(events).format(events=rows_of(EVENT)),
         slices=chosen_slices(),
         is_lacking=differs(lacking),
     )
@@ -234,7 +241,7 @@ _EXPLANATIONS = """
 SELECT {columns}
 FROM sessions AS session
 {slices}
-JOIN events AS source ON source.session_id = session.id
+JOIN {events} AS source ON source.session_id = session.id
 WHERE session.id = ANY (%(sessions)s::uuid[]) AND ({explains})
 """
 
@@ -245,7 +252,7 @@ JOIN sessions AS session ON session.id = source.session_id
 
 _OF_THE_REST: LiteralString = """
 sessions AS session
-JOIN events AS source
+JOIN {events} AS source
     ON source.session_id = session.id AND session.id = ANY (%(sessions)s::uuid[])
 """
 

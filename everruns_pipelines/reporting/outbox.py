@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
@@ -18,6 +19,15 @@ from everruns_pipelines.reporting.projector import Failure
 
 _PURGE_SIZE = 10_000
 
+# A queue has no statistics that hold for longer than a minute, nor has a table that grows. With
+# nothing but nested loops over indexes to choose from, a plan needs none, and can be kept.
+_PLANNING = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin")
+_BY_KEY = sql.SQL("SET plan_cache_mode = force_generic_plan; {}").format(
+    sql.SQL("; ").join(sql.SQL("SET {} = off").format(sql.Identifier(name)) for name in _PLANNING)
+)
+_AS_BEFORE = sql.SQL("; ").join(
+    sql.SQL("RESET {}").format(sql.Identifier(name)) for name in ("plan_cache_mode", *_PLANNING)
+)
 
 _SQL = read_statements("everruns_pipelines.reporting", "outbox.sql")
 
@@ -47,9 +57,20 @@ class Outbox:
     def opened(
         cls, connection: Connection, max_attempts: int, org_id: int | None = None
     ) -> Generator["Outbox"]:
-        """Ready to take rows of all organizations, or of one."""
+        """Ready to take rows of all organizations, or of one.
+
+        Until the end, the connection looks everything up by key, and keeps its plans.
+        """
+        prepare_threshold = connection.prepare_threshold
+        connection.prepare_threshold = 2**31  # what asks for it is prepared, and nothing else
+        connection.execute(_BY_KEY)
         connection.execute(_SQL["make_batch"])
-        yield cls(connection, max_attempts, org_id)
+        try:
+            yield cls(connection, max_attempts, org_id)
+        finally:
+            connection.prepare_threshold = prepare_threshold
+            if connection.info.transaction_status == TransactionStatus.IDLE:
+                connection.execute(_AS_BEFORE)
 
     def cutoff(self) -> datetime:
         """Now, by the database's clock, by which it is told what is due.
@@ -105,7 +126,7 @@ class Outbox:
         return Finished(completed, *row)
 
     def _execute(self, name: str, **parameters: Any) -> Any:
-        return self.connection.execute(sql.SQL(_SQL[name]), parameters)
+        return self.connection.execute(_SQL[name], parameters, prepare=True)
 
 
 def purge(connection: Connection, age: timedelta) -> int:

@@ -5,13 +5,16 @@
 
 -- name: make_batch
 -- The rows that this projector holds. `place` is where each lies in the outbox: it stays there while
--- it is locked.
+-- it is locked. `is_new`: its source has no facts yet, unless somebody made the day right or deleted
+-- outbox rows; then that is noticed. `is_apart`: it has failed before.
 CREATE TEMPORARY TABLE IF NOT EXISTS batch (
     place tid NOT NULL,
     id uuid NOT NULL,
     org_id bigint NOT NULL,
     source_type text NOT NULL,
     source_id uuid,
+    is_new boolean NOT NULL,
+    is_apart boolean NOT NULL,
     error text
 ) ON COMMIT DELETE ROWS
 
@@ -68,14 +71,13 @@ share AS MATERIALIZED (
 due AS (
     SELECT
         oldest.*,
-        waiting.org_id,
         row_number() OVER (
             PARTITION BY waiting.org_id ORDER BY next_attempt_at, oldest.created_at
         ) AS rank
     FROM waiting
     CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT ctid AS place, id, source_type, source_id, next_attempt_at, created_at
+            SELECT ctid AS place, *
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
@@ -86,7 +88,7 @@ due AS (
         ) AS pending
         UNION ALL
         SELECT * FROM (
-            SELECT ctid AS place, id, source_type, source_id, next_attempt_at, created_at
+            SELECT ctid AS place, *
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
@@ -97,13 +99,17 @@ due AS (
         ) AS failed
     ) AS oldest
 )
-INSERT INTO pg_temp.batch (place, id, org_id, source_type, source_id, error)
+INSERT INTO pg_temp.batch (
+    place, id, org_id, source_type, source_id, is_new, is_apart, error
+)
 SELECT
     place,
     id,
     org_id,
     source_type,
     CASE WHEN is_uuid THEN source_id::uuid END,
+    attempts = 0 AND claimed_at IS NULL AND source_version = source_id,
+    status = 'failed',
     CASE WHEN NOT is_uuid AND source_type = ANY (%(source_types)s) THEN 'the source id is no UUID' END
 FROM (
     SELECT *, pg_input_is_valid(source_id, 'uuid') AS is_uuid

@@ -2,20 +2,28 @@
 
 The selection is staged in the temporary table `selection`, numbered, so that any part of it can be
 projected again. Everything happens in the caller's transaction.
+
+There are three ways to write facts, each dearer than the one before. New ones are inserted, and
+that is all. Where some may stand already, what stands is compared, and what differs is written.
+Where others write new facts of the same sources at the same time, each is written as if it stood.
+The first two end where a fact stands that was not expected: then the next one is tried.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
+from psycopg.raw_cursor import RawCursor
+from psycopg.types.numeric import Int4
 
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.reporting.catalog import FACTS, SESSION, Fact, Projection, Source
-from everruns_pipelines.reporting.query import STAGED, projected_rows
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
+from everruns_pipelines.reporting.query import STAGED, projected_rows, rows_of
 
 # Sessions can lose rows. Whoever projects them reads them only after the one before has committed:
 # else an older state of a session could bring back what a newer one has removed.
@@ -71,6 +79,24 @@ def projections_of(
     )
 
 
+class Facts(IntEnum):
+    """Which facts of the selection may stand already: in the order in which it is tried."""
+
+    NEW = 0
+    KNOWN = 1
+    CONTESTED = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sources of one type that lie together in the selection, from number `first` to `last`."""
+
+    source_type: str
+    facts: Facts
+    first: int
+    last: int
+
+
 def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, Any]) -> int:
     """Make the selection out of a query for `source_type`, `org_id` and `source_id`.
 
@@ -79,33 +105,32 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
     Returns:
         How many sources it holds.
     """
-    connection.execute("DROP TABLE IF EXISTS pg_temp.selection")
-    connection.execute(
-        "CREATE TEMPORARY TABLE selection"
-        " (part integer, source_type text, org_id bigint, source_id uuid, event_type text)"
-        " ON COMMIT DROP"
-    )
-    staged = connection.execute(
-        sql.SQL(
-            "INSERT INTO pg_temp.selection"
-            ' SELECT row_number() OVER (ORDER BY source_type COLLATE "C", org_id, source_id),'
-            " source_type, org_id, source_id,"
-            # Known here, each projection looks up the events of its own types only.
-            " (SELECT event_type FROM events WHERE id = source_id)"
-            " FROM (SELECT DISTINCT source_type, org_id, source_id FROM ({}) AS rows) AS selected"
-        ).format(rows),
-        parameters,
-    ).rowcount
+    known = sql.SQL("SELECT *, false AS is_new, false AS is_apart FROM ({}) AS rows").format(rows)
+    staged = sum(part.last - part.first + 1 for part in stage_parts(connection, known, parameters))
     connection.execute("ANALYZE pg_temp.selection (part, event_type)")
     return staged
 
 
-def staged_parts(connection: Connection) -> dict[str, tuple[int, int]]:
-    """The first and the last number of each source type in the selection."""
-    rows = connection.execute(
-        "SELECT source_type, min(part), max(part) FROM pg_temp.selection GROUP BY 1"
+def stage_parts(
+    connection: Connection, rows: sql.Composable, parameters: dict[str, Any]
+) -> list[Part]:
+    """Make the selection out of a query that also tells `is_new`, whether the source can be
+    expected to have no facts yet, and `is_apart`, whether it is kept apart from the others.
+
+    No statistics are taken: so statements on it keep their plans.
+    """
+    connection.execute(
+        "CREATE TEMPORARY TABLE IF NOT EXISTS selection"
+        " (part integer, source_type text, org_id bigint, source_id uuid, event_type text,"
+        " is_new boolean, is_apart boolean) ON COMMIT DELETE ROWS"
     )
-    return {source_type: (first, last) for source_type, first, last in rows}
+    connection.execute("DELETE FROM pg_temp.selection")
+    statement = sql.SQL(_STAGE).format(events=rows_of(EVENT), rows=rows)
+    staged = connection.execute(statement, parameters, prepare=True)
+    return [
+        Part(source_type, Facts.NEW if is_new else Facts.KNOWN, first, last)
+        for source_type, is_new, first, last in staged
+    ]
 
 
 def lock_sessions(connection: Connection) -> None:
@@ -125,43 +150,45 @@ def project_selection(
     first: int,
     last: int,
     *,
-    cautious: bool = False,
+    facts: Facts = Facts.KNOWN,
 ) -> Outcome:
     """Project the sources numbered `first` to `last` of the selection, each wholly or not at all.
 
     Sources whose facts cannot be stored are among the failures; their neighbours are written.
 
     Args:
-        cautious: expect that others write new facts of the same sources at the same time.
+        facts: which of their facts may stand already.
     """
     if first > last:
         return Outcome()
     projections = tuple(projections)
     if any(projection.source is SESSION for _, projection in projections):
         lock_sessions(connection)
+    at_work = projections[0]
     try:
         with connection.transaction() as savepoint:
             outcome = Outcome()
-            for fact, projection in projections:
-                outcome.add(_project(connection, fact, projection, first, last, cautious=cautious))
+            for at_work in projections:
+                outcome.add(_project(connection, *at_work, first, last, facts))
             if outcome.failures:
                 raise psycopg.Rollback(savepoint)
     except psycopg.Error as error:
-        if isinstance(error, psycopg.errors.UniqueViolation) and not cautious:
-            # Somebody else has just written one of the new facts.
-            return project_selection(connection, projections, first, last, cautious=True)
+        if isinstance(error, psycopg.errors.UniqueViolation) and facts is not Facts.CONTESTED:
+            return project_selection(connection, projections, first, last, facts=Facts(facts + 1))
         if not (error.sqlstate or "").startswith(_ROW_ERRORS):
             raise
-        if first == last:
-            return Outcome(failures=_failed(connection, first, error))
-        middle = (first + last) // 2
-        outcome = project_selection(connection, projections, first, middle)
-        outcome.add(project_selection(connection, projections, middle + 1, last))
-        return outcome
+        failures = _found_singly(connection, *at_work, first, last)
+        if not failures and first < last:
+            # It is not the writing that fails, but what is to be written cannot be told.
+            middle = (first + last) // 2
+            outcome = project_selection(connection, projections, first, middle, facts=facts)
+            outcome.add(project_selection(connection, projections, middle + 1, last, facts=facts))
+            return outcome
+        outcome = Outcome(failures=failures or _failed(connection, first, error))
     if not outcome.failures:
         return outcome
     _unselect(connection, outcome.failures, first, last)
-    remaining = project_selection(connection, projections, first, last)
+    remaining = project_selection(connection, projections, first, last, facts=facts)
     remaining.failures += outcome.failures
     return remaining
 
@@ -170,13 +197,58 @@ def _failed(connection: Connection, part: int, error: psycopg.Error) -> list[Fai
     rows = connection.execute(
         "SELECT org_id, source_id::text FROM pg_temp.selection WHERE part = %s", [part]
     )
-    # The primary message of these errors can quote the value; what it is about cannot.
-    reason = error.diag.constraint_name or error.diag.column_name
-    name = type(error).__name__
+    about = error.diag.constraint_name or error.diag.column_name
     return [
-        Failure(org_id, source_id, f"{name}: {reason}" if reason else name)
+        Failure(org_id, source_id, _reason(error.sqlstate or "", about))
         for org_id, source_id in rows
     ]
+
+
+def _found_singly(
+    connection: Connection, fact: Fact, projection: Projection, first: int, last: int
+) -> list[Failure]:
+    """Which sources have rows of one fact that cannot be stored: each row is tried, none stays.
+
+    Without a source being projected twice: the rows are made once, and tried on the server.
+    """
+    columns = [sql.Identifier(column.name) for column in fact.columns]
+    try:
+        with connection.transaction() as savepoint:
+            connection.execute(
+                sql.SQL(_TRIED).format(
+                    projected=projected_rows(fact, projection, STAGED), unstorable=_unstorable(fact)
+                ),
+                {"first": first, "last": last},
+            )
+            connection.execute(
+                sql.SQL(_TRY_SINGLY).format(
+                    fact=sql.Identifier(fact.table),
+                    columns=sql.SQL(", ").join(columns),
+                    values=sql.SQL(", ").join(sql.SQL("tried.{}").format(name) for name in columns),
+                    refresh=sql.SQL(", ").join(
+                        sql.SQL("{0} = excluded.{0}").format(name)
+                        for name in columns
+                        if name not in _KEY
+                    ),
+                )
+            )
+            failed = connection.execute(
+                "SELECT DISTINCT ON (org_id, split_part(source_key, ':', 2))"
+                " org_id, split_part(source_key, ':', 2), failed_state, failed_name"
+                " FROM pg_temp.tried WHERE failed_state IS NOT NULL"
+            ).fetchall()
+            raise psycopg.Rollback(savepoint)
+    except psycopg.Error as error:
+        if not (error.sqlstate or "").startswith(_ROW_ERRORS):
+            raise
+        return []
+    return [Failure(org_id, id_, _reason(state, name)) for org_id, id_, state, name in failed]
+
+
+def _reason(sqlstate: str, about: str | None) -> str:
+    """What failed. The primary message of these errors can quote the value; its name cannot."""
+    name = psycopg.errors.lookup(sqlstate).__name__
+    return f"{name}: {about}" if about else name
 
 
 def _unselect(connection: Connection, failures: list[Failure], first: int, last: int) -> None:
@@ -193,25 +265,21 @@ def _unselect(connection: Connection, failures: list[Failure], first: int, last:
 
 
 def _project(
-    connection: Connection,
-    fact: Fact,
-    projection: Projection,
-    first: int,
-    last: int,
-    *,
-    cautious: bool,
+    connection: Connection, fact: Fact, projection: Projection, first: int, last: int, facts: Facts
 ) -> Outcome:
     """Write one projection of a part of the selection.
 
     A row that somebody else wrote since we compared it is left alone and compared again: so an
     older state of a source never overwrites a newer one, and no update is lost.
     """
-    statement = _statement(fact, projection, cautious=cautious)
+    statement = _statement(fact, projection, facts)
     written: Counter[tuple[str, str]] = Counter()
     while True:
         outcome = Outcome()
         contested = 0
-        for row in connection.execute(statement, {"first": first, "last": last}):
+        # Prepared where the connection allows it: planning takes as long as projecting 100 rows.
+        rows = RawCursor(connection).execute(statement, [Int4(first), Int4(last)], prepare=True)
+        for row in rows:
             day, read, inserted, refreshed, removed, rejected, wanted, unstorable = row
             contested += wanted - inserted - refreshed
             written["inserted", day] += inserted
@@ -234,9 +302,32 @@ def _project(
 
 
 @cache
-def _statement(fact: Fact, projection: Projection, *, cautious: bool) -> bytes:
+def _statement(fact: Fact, projection: Projection, facts: Facts) -> bytes:
+    """What writes the sources from number $1 to $2."""
+    if facts is Facts.NEW and projection.supersedes:
+        facts = Facts.KNOWN
+    composed = (
+        _insertion(fact, projection)
+        if facts is Facts.NEW
+        else _comparison(fact, projection, is_contested=facts is Facts.CONTESTED)
+    )
+    text = composed.as_bytes(None)
+    return text.replace(b"%(first)s", b"$1").replace(b"%(last)s", b"$2").replace(b"%%", b"%")
+
+
+def _insertion(fact: Fact, projection: Projection) -> sql.Composed:
+    return sql.SQL(_INSERT).format(
+        projected=projected_rows(fact, projection, STAGED),
+        unstorable=_unstorable(fact),
+        fact=sql.Identifier(fact.table),
+        columns=sql.SQL(", ").join(sql.Identifier(column.name) for column in fact.columns),
+        noted=_noted(fact, _NOTED) if projection.rejects or projection.reports else sql.SQL(""),
+    )
+
+
+def _comparison(fact: Fact, projection: Projection, *, is_contested: bool) -> sql.Composed:
     columns = [sql.Identifier(column.name) for column in fact.columns]
-    statement = sql.SQL(_PROJECT).format(
+    return sql.SQL(_PROJECT).format(
         projected=projected_rows(fact, projection, STAGED),
         unstorable=_unstorable(fact),
         fact=sql.Identifier(fact.table),
@@ -249,18 +340,21 @@ def _statement(fact: Fact, projection: Projection, *, cautious: bool) -> bytes:
         refresh=sql.SQL(", ").join(
             sql.SQL("{0} = excluded.{0}").format(column) for column in columns if column not in _KEY
         ),
-        added=sql.SQL(_NO_DAY if cautious else _ADDED).format(
+        added=sql.SQL(_NO_DAY if is_contested else _ADDED).format(
             fact=sql.Identifier(fact.table), columns=sql.SQL(", ").join(columns)
         ),
-        is_not_added=sql.SQL("true" if cautious else "seen_at IS NOT NULL"),
-        noted=sql.SQL(_NOTED if projection.rejects or projection.reports else "").format(
-            name=sql.Literal(fact.table)
-        ),
+        is_not_added=sql.SQL("true" if is_contested else "seen_at IS NOT NULL"),
+        noted=_noted(fact, _NOTED + _SETTLED)
+        if projection.rejects or projection.reports
+        else sql.SQL(""),
         removed=sql.SQL(_REMOVED if projection.supersedes else _NO_DAY).format(
             fact=sql.Identifier(fact.table), superseded=sql.SQL(projection.supersedes or "")
         ),
     )
-    return statement.as_bytes(None)
+
+
+def _noted(fact: Fact, text: LiteralString) -> sql.Composed:
+    return sql.SQL(text).format(name=sql.Literal(fact.table))
 
 
 def _unstorable(fact: Fact) -> sql.Composed:
@@ -277,6 +371,76 @@ def _unstorable(fact: Fact) -> sql.Composed:
         )
     )
 
+
+_STAGE = """
+WITH staged AS (
+    INSERT INTO pg_temp.selection
+        (part, source_type, org_id, source_id, event_type, is_new, is_apart)
+    SELECT
+        row_number() OVER (
+            ORDER BY source_type COLLATE "C", is_new, is_apart, org_id, source_id
+        ),
+        source_type,
+        org_id,
+        source_id,
+        -- Known here, each projection looks up the events of its own types only.
+        (SELECT event_type FROM {events} AS event WHERE id = source_id),
+        is_new,
+        is_apart
+    FROM (
+        SELECT
+            source_type,
+            org_id,
+            source_id,
+            bool_and(is_new) AS is_new,
+            bool_or(is_apart) AS is_apart
+        FROM ({rows}) AS rows
+        GROUP BY 1, 2, 3
+    ) AS selected
+    RETURNING part, source_type, is_new, is_apart
+)
+SELECT source_type, is_new, min(part), max(part)
+FROM staged
+GROUP BY source_type, is_new, is_apart
+"""
+
+# New facts, as fast as can be. Fails if one of them stands already.
+_INSERT = """
+WITH compared AS MATERIALIZED (
+    SELECT projected.*, {unstorable} AS unstorable FROM ({projected}) AS projected
+),
+{noted}
+added AS (
+    INSERT INTO {fact} AS fact ({columns}, projected_at)
+    SELECT {columns}, now()
+    FROM compared
+    WHERE rejected IS NULL AND unstorable IS NULL
+    ORDER BY org_id, source_key
+    RETURNING fact.time_bucket_day AS day
+)
+SELECT
+    day::text,
+    coalesce(inserted, 0) + coalesce(odd, 0),
+    coalesce(inserted, 0),
+    0,
+    0,
+    coalesce(rejected, 0),
+    coalesce(inserted, 0),
+    unstorable
+FROM (SELECT day, count(*) AS inserted FROM added GROUP BY 1) AS added
+FULL JOIN (
+    SELECT
+        time_bucket_day AS day,
+        count(*) AS odd,
+        count(*) FILTER (WHERE rejected IS NOT NULL) AS rejected,
+        jsonb_agg(
+            jsonb_build_array(org_id, split_part(source_key, ':', 2), unstorable)
+        ) FILTER (WHERE rejected IS NULL) AS unstorable
+    FROM compared
+    WHERE rejected IS NOT NULL OR unstorable IS NOT NULL
+    GROUP BY 1
+) AS odd USING (day)
+"""
 
 _PROJECT = """
 WITH compared AS MATERIALIZED (
@@ -354,14 +518,20 @@ _ADDED = """
 _NOTED = """
 noted AS (
     INSERT INTO everruns_pipelines.fact_rejections AS known
-        (fact, org_id, source_key, reason, written)
-    SELECT {name}, org_id, source_key, coalesce(rejected, reported), rejected IS NULL
+        (fact, org_id, source_key, session_id, reason, written)
+    SELECT {name}, org_id, source_key, session_id, coalesce(rejected, reported), rejected IS NULL
     FROM compared
     WHERE coalesce(rejected, reported) IS NOT NULL
     ON CONFLICT (fact, org_id, source_key) DO UPDATE
-    SET reason = excluded.reason, written = excluded.written, rejected_at = now()
+    SET session_id = excluded.session_id,
+        reason = excluded.reason,
+        written = excluded.written,
+        rejected_at = now()
     WHERE (known.reason, known.written) IS DISTINCT FROM (excluded.reason, excluded.written)
 ),
+"""
+
+_SETTLED = """
 settled AS (
     DELETE FROM everruns_pipelines.fact_rejections AS known
     USING compared
@@ -397,3 +567,43 @@ _REMOVED = """
 """
 
 _NO_DAY = "SELECT NULL::date AS day WHERE false"
+
+# What is tried singly, and what became of it.
+_TRIED = """
+CREATE TEMPORARY TABLE tried ON COMMIT DROP AS
+SELECT *, NULL::text AS failed_state, NULL::text AS failed_name
+FROM ({projected}) AS projected
+WHERE rejected IS NULL AND {unstorable} IS NULL
+"""
+
+# Whether it can be stored or not: it is taken back.
+_TRY_SINGLY = """
+DO $try$
+DECLARE
+    tried record;
+    state text;
+    about_constraint text;
+    about_column text;
+BEGIN
+    FOR tried IN SELECT ctid AS place, * FROM pg_temp.tried LOOP
+        BEGIN
+            INSERT INTO {fact} AS fact ({columns}) VALUES ({values})
+            ON CONFLICT (org_id, source_key) DO UPDATE SET {refresh};
+            RAISE SQLSTATE 'EV000';
+        EXCEPTION
+            WHEN SQLSTATE 'EV000' THEN
+                NULL;
+            WHEN data_exception OR integrity_constraint_violation OR program_limit_exceeded THEN
+                GET STACKED DIAGNOSTICS
+                    state = RETURNED_SQLSTATE,
+                    about_constraint = CONSTRAINT_NAME,
+                    about_column = COLUMN_NAME;
+                UPDATE pg_temp.tried AS failed
+                SET failed_state = state,
+                    failed_name = coalesce(nullif(about_constraint, ''), nullif(about_column, ''))
+                WHERE failed.ctid = tried.place;
+        END;
+    END LOOP;
+END
+$try$
+"""

@@ -5,7 +5,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
 # Sources staged by `projector.stage`, part by part.
@@ -14,16 +14,46 @@ STAGED = sql.SQL(
     " AND selection.org_id = {org_id}"
     " AND selection.part BETWEEN %(first)s AND %(last)s {of_types}"
 )
+# What happened on a day from `first` to `last`. A join without columns, so that the condition can
+# stand where joins do.
+BETWEEN = sql.SQL(
+    "JOIN (SELECT) AS days ON {time} >= %(first)s::date AND {time} < %(last)s::date + 1"
+)
 EVERYTHING = sql.SQL("")
+# Joins to `fact` the source that its key names, as `key`.
+KEY_OF_FACT = sql.SQL("""
+CROSS JOIN LATERAL (
+    SELECT
+        split_part(fact.source_key, ':', 1) AS type,
+        CASE
+            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
+                THEN split_part(fact.source_key, ':', 2)::uuid
+        END AS id
+) AS key
+""")
+
+
+def rows_of(source: Source) -> sql.Composed:
+    """Every row of the source, wherever it lies: a relation.
+
+    Without conditions of its own, so that the planner looks keys up in each table by its index.
+    """
+    columns = sql.SQL(", ").join(sql.Identifier(c.name) for c in SOURCE_COLUMNS[source.table])
+    return sql.SQL("({})").format(
+        sql.SQL(" UNION ALL ").join(
+            sql.SQL("SELECT {} FROM {}").format(columns, sql.Identifier(table))
+            for table in source.tables
+        )
+    )
 
 
 def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL) -> sql.Composed:
-    """Rows of the source table in the selection, each with its `org_id`."""
+    """Rows of the source in the selection, each with its `org_id`."""
     org_id = sql.SQL("session.org_id" if source.org_from_session else "source.org_id")
     columns = columns_of(source)
-    return sql.SQL("SELECT {columns} FROM {table} AS source {session} {selection} {where}").format(
+    return sql.SQL("SELECT {columns} FROM {rows} AS source {session} {selection} {where}").format(
         columns=sql.SQL("{}, {}").format(org_id, columns) if source.org_from_session else columns,
-        table=sql.Identifier(source.table),
+        rows=rows_of(source),
         session=sql.SQL(
             "JOIN sessions AS session ON session.id = source.session_id"
             if source.org_from_session
@@ -33,6 +63,7 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
             org_id=org_id,
             session_id=sql.SQL("source.id" if source is SESSION else "source.session_id"),
             of_types=_of_types("AND selection.event_type", event_types),
+            time=sql.Identifier("source", source.time),
         ),
         where=_of_types("WHERE source.event_type", event_types),
     )
@@ -62,7 +93,8 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
         if column.name in ("agent_id", "harness_id")
     )
     return sql.SQL(
-        "WITH selected AS NOT MATERIALIZED ({selected})"
+        "WITH selected AS NOT MATERIALIZED ({selected}),"
+        " all_events AS NOT MATERIALIZED (SELECT * FROM {events} AS event)"
         " SELECT {columns}, {rejected} AS rejected, {reported} AS reported"
         " FROM ({projection}) AS projected"
         " LEFT JOIN sessions AS session"
@@ -73,6 +105,7 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
         " ON harness.id = {harness_id} AND harness.org_id = projected.org_id"
     ).format(
         selected=selected_rows(projection.source, projection.event_types, selection),
+        events=rows_of(EVENT),
         columns=sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))
             for column in fact.columns
@@ -96,3 +129,23 @@ def _value(column: Column, projection: Projection) -> sql.Composable:
     if column.dimension is None or column.name in projection.provides:
         return sql.Identifier("projected", column.name)
     return sql.SQL(column.dimension)
+
+
+def stands(sources: Iterable[Source], org_id: LiteralString) -> sql.Composed:
+    """A condition: the source of `key` (type, id) is there, in the organization.
+
+    Looked up one by one: meant for few.
+    """
+    return sql.SQL("(CASE key.type {} ELSE false END)").format(
+        sql.SQL(" ").join(
+            sql.SQL(
+                "WHEN {} THEN EXISTS (SELECT FROM ({}) AS source"
+                " WHERE source.id = key.id AND source.org_id = {} OFFSET 0)"
+            ).format(
+                sql.Literal(source.type),
+                selected_rows(source, (), EVERYTHING),
+                sql.SQL(org_id),
+            )
+            for source in sources
+        )
+    )

@@ -1,20 +1,25 @@
-"""Days: compares the facts of a UTC day with their sources, and makes the day right.
+"""Days: compares the facts of UTC days with their sources, and makes the days right.
 
-"Is this day right?" has one answer, computed here for the asset, its checks and the diagnosis. The
-sources of a day are those that happened on it, and those of the facts that stand in it: so a fact
-that stands in the wrong day is found there, too.
+"Is this day right?" has one answer, computed here for the asset, its checks and the diagnosis. A
+range of days is first compared as a whole, in one pass over sources and facts: of each day the xor
+of the hashes of all rows that must be there and of all that are there is 0 if, and but for a chance
+of 2^-64 only if, they are the same. Days that differ are compared row by row.
+
+The sources of a day are those that happened on it, and those of the facts that stand in it: so a
+fact that stands in the wrong day is found there, too.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 
 from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
-from everruns_pipelines.reporting.catalog import SESSION, Fact, Source
+from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.projector import (
     Failure,
     Outcome,
@@ -23,11 +28,13 @@ from everruns_pipelines.reporting.projector import (
     stage,
 )
 from everruns_pipelines.reporting.query import (
-    EVERYTHING,
+    BETWEEN,
+    KEY_OF_FACT,
     STAGED,
     expected_rows,
     projected_rows,
     selected_rows,
+    stands,
 )
 
 # Sources per transaction: a day of any size is worked off in steps that others can wait for.
@@ -44,14 +51,14 @@ class DayState:
         missing: of those, rows that are not there.
         stale: of those, rows with other values.
         superseded: rows whose source stands, but no longer makes them.
-        orphaned: rows whose source is gone, and not archived either.
+        orphaned: rows whose source is gone: an archived event is not, unless its session is.
     """
 
-    expected: int
-    missing: int
-    stale: int
-    superseded: int
-    orphaned: int
+    expected: int = 0
+    missing: int = 0
+    stale: int = 0
+    superseded: int = 0
+    orphaned: int = 0
 
 
 @dataclass
@@ -62,26 +69,146 @@ class DayReport:
     failures: list[Failure] = field(default_factory=list[Failure])
 
 
-def stage_days(connection: Connection, fact: Fact, first: date, last: date) -> None:
-    """Find the sources of the days from `first` to `last`, both included, in one pass.
+@dataclass(frozen=True)
+class _RightDay:
+    """A day whose facts are those that its sources make.
 
-    They are kept in the temporary table `day_sources` until the connection is closed.
+    Args:
+        read: rows that its sources make.
+        rejected: of those, rows that are not stored.
+        is_noted: what is to be said of its rows stands among the rejections.
     """
-    connection.execute("DROP TABLE IF EXISTS pg_temp.day_sources")
-    connection.execute(
-        sql.SQL(_DAY_SOURCES).format(
-            sources=sql.SQL(" UNION ").join(
-                [*(_sources_between(fact, source) for source in fact.sources), _behind(fact)]
+
+    read: int
+    rejected: int
+    is_noted: bool
+
+
+def compare_days(
+    connection: Connection, fact: Fact, first: date, last: date
+) -> dict[date, DayState]:
+    """Compare the facts of the days from `first` to `last`, both included; writes nothing."""
+    right = _right_days(connection, fact, first, last)
+    states = {day: DayState(row.read - row.rejected) for day, row in right.items()}
+    differing = [day for day in days_between(first, last) if day not in right]
+    if differing:
+        _stage_days(connection, fact, differing)
+    states |= {day: _compare_day(connection, fact, day) for day in differing}
+    return dict(sorted(states.items()))
+
+
+def materialize_days(
+    connection: Connection,
+    fact: Fact,
+    first: date,
+    last: date,
+    *,
+    remove_orphans: bool = False,
+    session_id: str | None = None,
+    on_step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Iterator[tuple[date, DayReport]]:
+    """Make the days from `first` to `last` right, whatever their state, one after the other.
+
+    Args:
+        remove_orphans: remove facts whose source is gone; else they are counted only. What our own
+            tables keep of sessions that are gone goes, too.
+        session_id: remove the orphans of this session only.
+        on_step: told how many of how many sources of a day are done.
+
+    Yields:
+        Each day once it is right and committed, with what was done.
+    """
+    right = {
+        day: row for day, row in _right_days(connection, fact, first, last).items() if row.is_noted
+    }
+    days = days_between(first, last)
+    differing = [day for day in days if day not in right]
+    if differing:
+        _stage_days(connection, fact, differing)
+    for day in days:
+        if day in right:
+            row = right[day]
+            unchanged = row.read - row.rejected
+            yield (
+                day,
+                DayReport(Counter(read=row.read, unchanged=unchanged, rejected=row.rejected)),
             )
-        ),
-        {"first": first, "last": last},
+        else:
+            yield (
+                day,
+                _materialize_day(
+                    connection,
+                    fact,
+                    day,
+                    remove_orphans=remove_orphans,
+                    session_id=session_id,
+                    on_step=on_step,
+                ),
+            )
+    if remove_orphans:
+        with transaction(connection):
+            forget_sessions(connection, session_id)
+
+
+def days_between(first: date, last: date) -> list[date]:
+    """The days from `first` to `last`, both included."""
+    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
+
+
+def _right_days(
+    connection: Connection, fact: Fact, first: date, last: date
+) -> dict[date, _RightDay]:
+    """The days whose facts are exactly those that their sources make."""
+    query = sql.SQL(_DAYS).format(
+        rows=sql.SQL(" UNION ALL ").join(
+            [*(_hashed_rows(fact, part) for part in fact.projections), _hashed_facts(fact)]
+        )
     )
-    connection.execute("CREATE INDEX ON pg_temp.day_sources (day, number)")
-    connection.execute("ANALYZE pg_temp.day_sources")
+    with transaction(connection, work_mem=_WORK_MEM):
+        rows = connection.execute(query, {"first": first, "last": last}).fetchall()
+    found = {
+        day: _RightDay(read, rejected, noted) for day, same, read, rejected, noted in rows if same
+    }
+    differing = {day for day, same, *_ in rows if not same}
+    nothing = _RightDay(0, 0, is_noted=True)
+    return {
+        day: found.get(day, nothing) for day in days_between(first, last) if day not in differing
+    }
 
 
-def compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
-    """Compare one of the staged days with its sources; writes nothing."""
+def _hashed_rows(fact: Fact, projection: Projection) -> sql.Composed:
+    """The rows that the sources of the days make, each as (day, hash, is_read, ...)."""
+    notes = projection.rejects or projection.reports
+    return sql.SQL(_NOTED_ROWS if notes else _PROJECTED_ROWS).format(
+        hash=_hash(fact, "projected"),
+        projected=projected_rows(fact, projection, BETWEEN),
+        name=sql.Literal(fact.table),
+    )
+
+
+def _hashed_facts(fact: Fact) -> sql.Composed:
+    return sql.SQL(_STORED_ROWS).format(hash=_hash(fact, "fact"), fact=sql.Identifier(fact.table))
+
+
+def _hash(fact: Fact, relation: str) -> sql.Composed:
+    """The hash of a whole row, the same on both sides: values of one type each."""
+    return sql.SQL("hash_record_extended(ROW ({}), 0)").format(
+        sql.SQL(", ").join(_as_stored(column, relation) for column in fact.columns)
+    )
+
+
+def _as_stored(column: Column, relation: str) -> sql.Composed:
+    """The value in the column's type; NULL, as no number is stored, if it does not fit."""
+    value = sql.Identifier(relation, column.name)
+    if column.type != "bigint" or relation == "fact":
+        return sql.SQL("{}::{}").format(value, sql.SQL(column.type))
+    return sql.SQL("CASE WHEN {0} BETWEEN {1} AND {2} THEN {0}::bigint END").format(
+        value, sql.Literal(-(2**63)), sql.Literal(2**63 - 1)
+    )
+
+
+def _compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
+    """Compare one of the staged days with its sources, row by row."""
     with transaction(connection, work_mem=_WORK_MEM):
         staged = _stage_day(connection, day)
         compared = Counter[str]()
@@ -105,22 +232,16 @@ def compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
     )
 
 
-def materialize_day(
+def _materialize_day(
     connection: Connection,
     fact: Fact,
     day: date,
     *,
-    remove_orphans: bool = False,
-    session_id: str | None = None,
-    on_step: Callable[[int, int], None] = lambda _done, _total: None,
+    remove_orphans: bool,
+    session_id: str | None,
+    on_step: Callable[[int, int], None],
 ) -> DayReport:
-    """Make one of the staged days right, whatever its state.
-
-    Args:
-        remove_orphans: remove facts whose source is gone; else they are counted only.
-        session_id: remove the orphans of this session only.
-        on_step: told how many of how many sources are done.
-    """
+    """Make one of the staged days right."""
     report = DayReport()
     row = connection.execute(
         "SELECT count(*) FROM pg_temp.day_sources WHERE day = %s", [day]
@@ -139,6 +260,24 @@ def materialize_day(
     report.counts["removed"] += removed
     report.counts["orphaned"] = left
     return report
+
+
+def _stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
+    """Find the sources of these days, in one pass.
+
+    They are kept in the temporary table `day_sources` until the connection is closed.
+    """
+    connection.execute("DROP TABLE IF EXISTS pg_temp.day_sources")
+    connection.execute(
+        sql.SQL(_DAY_SOURCES).format(
+            sources=sql.SQL(" UNION ").join(
+                [*(_sources_between(fact, source) for source in fact.sources), _behind(fact)]
+            )
+        ),
+        {"first": min(days), "last": max(days), "days": list(days)},
+    )
+    connection.execute("CREATE INDEX ON pg_temp.day_sources (day, number)")
+    connection.execute("ANALYZE pg_temp.day_sources")
 
 
 def _project_step(connection: Connection, fact: Fact, day: date, start: int) -> Outcome:
@@ -191,12 +330,8 @@ def _leftovers(connection: Connection, fact: Fact, day: date, staged: int) -> Co
                 )
                 for projection in fact.projections
             ),
-            sources=sql.SQL(" UNION ALL ").join(
-                sql.SQL("SELECT {} AS type, id, org_id FROM ({}) AS source").format(
-                    sql.Literal(source.type), selected_rows(source, (), EVERYTHING)
-                )
-                for source in fact.sources
-            ),
+            key=KEY_OF_FACT,
+            stands=stands(fact.sources, "fact.org_id"),
         ),
         {"day": day, "first": 1, "last": staged},
     )
@@ -214,8 +349,7 @@ def _sources_between(fact: Fact, source: Source) -> sql.Composed:
     return sql.SQL(
         "SELECT ({time} AT TIME ZONE 'UTC')::date AS day, org_id, id AS source_id"
         " FROM ({rows}) AS source"
-        " WHERE {time} >= %(first)s::date AND {time} < %(last)s::date + 1"
-    ).format(time=sql.Identifier(source.time), rows=selected_rows(source, event_types, EVERYTHING))
+    ).format(time=sql.Identifier(source.time), rows=selected_rows(source, event_types, BETWEEN))
 
 
 def _behind(fact: Fact) -> sql.Composed:
@@ -230,6 +364,43 @@ def _columns(fact: Fact, relation: str) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(relation, column.name) for column in fact.columns)
 
 
+_DAYS = """
+SELECT
+    day,
+    bit_xor(hash) = 0 AS is_right,
+    coalesce(sum(is_read), 0)::bigint AS read,
+    coalesce(sum(is_rejected), 0)::bigint AS rejected,
+    bool_and(is_noted) AS is_noted
+FROM ({rows}) AS rows (day, hash, is_read, is_rejected, is_noted)
+GROUP BY day
+"""
+
+_PROJECTED_ROWS = """
+SELECT time_bucket_day, {hash}, 1, 0, true
+FROM ({projected}) AS projected
+"""
+
+_NOTED_ROWS = """
+SELECT
+    time_bucket_day,
+    CASE WHEN rejected IS NULL THEN {hash} ELSE 0 END,
+    1,
+    (rejected IS NOT NULL)::integer,
+    known.reason IS NOT DISTINCT FROM coalesce(rejected, reported)
+        AND coalesce(known.written = (rejected IS NULL), true)
+FROM ({projected}) AS projected
+LEFT JOIN everruns_pipelines.fact_rejections AS known
+    ON known.fact = {name}
+    AND known.org_id = projected.org_id
+    AND known.source_key = projected.source_key
+"""
+
+_STORED_ROWS = """
+SELECT time_bucket_day, {hash}, 0, 0, true
+FROM {fact} AS fact
+WHERE time_bucket_day BETWEEN %(first)s AND %(last)s
+"""
+
 _DAY_SOURCES = """
 CREATE TEMPORARY TABLE day_sources AS
 SELECT
@@ -238,6 +409,7 @@ SELECT
     source_id,
     row_number() OVER (PARTITION BY day ORDER BY org_id, source_id) AS number
 FROM ({sources}) AS sources
+WHERE day = ANY (%(days)s)
 """
 
 _COMPARE = """
@@ -254,17 +426,13 @@ WHERE projected.rejected IS NULL
 
 _LEFTOVER = """
 CREATE TEMPORARY TABLE leftover ON COMMIT DROP AS
-WITH expected AS ({expected}),
-sources AS ({sources})
+WITH expected AS ({expected})
 SELECT
     fact.org_id,
     fact.source_key,
     fact.session_id,
     CASE
-        WHEN EXISTS (
-            SELECT FROM sources
-            WHERE sources.type = key.type AND sources.id = key.id AND sources.org_id = fact.org_id
-        ) THEN CASE
+        WHEN {stands} THEN CASE
             WHEN EXISTS (
                 SELECT FROM pg_temp.selection
                 WHERE selection.source_id = key.id AND selection.org_id = fact.org_id
@@ -272,21 +440,10 @@ SELECT
             -- Not a source of the day when it was staged: a projector has just written this.
             ELSE 'later'
         END
-        WHEN key.type = 'event' AND EXISTS (
-            SELECT FROM archived_events WHERE archived_events.id = key.id
-        ) THEN 'archived'
         ELSE 'orphaned'
     END AS state
 FROM {fact} AS fact
-CROSS JOIN LATERAL (
-    SELECT
-        split_part(fact.source_key, ':', 1) AS type,
-        CASE
-            WHEN pg_input_is_valid(split_part(fact.source_key, ':', 2), 'uuid')
-                THEN split_part(fact.source_key, ':', 2)::uuid
-        END AS id
-) AS key
-WHERE fact.time_bucket_day = %(day)s
+{key}WHERE fact.time_bucket_day = %(day)s
     AND NOT EXISTS (
         SELECT FROM expected
         WHERE expected.org_id = fact.org_id AND expected.source_key = fact.source_key

@@ -1,7 +1,5 @@
 -- What reporting needs of its own in PostgreSQL. Idempotent; the platform's tables are not touched.
 
-CREATE SCHEMA IF NOT EXISTS everruns_pipelines;
-
 -- A number out of JSON: the value of text that is digits only and fits, else `otherwise`.
 CREATE OR REPLACE FUNCTION everruns_pipelines.digits(value text, otherwise bigint)
 RETURNS bigint LANGUAGE sql STABLE PARALLEL SAFE
@@ -19,7 +17,7 @@ RETURN CASE
 END;
 
 -- What a projection skipped, or wrote with a number replaced: replaced by the next projection of
--- the same source, removed once there is nothing to say. No payload.
+-- the same source, removed once there is nothing to say, or the session is gone. No payload.
 CREATE TABLE IF NOT EXISTS everruns_pipelines.fact_rejections (
     fact text NOT NULL,
     org_id bigint NOT NULL,
@@ -27,8 +25,10 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.fact_rejections (
     reason text NOT NULL,
     written boolean NOT NULL,
     rejected_at timestamptz NOT NULL DEFAULT now(),
+    session_id uuid,
     PRIMARY KEY (fact, org_id, source_key)
 );
+ALTER TABLE everruns_pipelines.fact_rejections ADD COLUMN IF NOT EXISTS session_id uuid;
 
 -- The batches that projectors are working on. A projector holds the advisory lock `lock_key`
 -- while it lives: a claim whose lock is free was left behind by one that died.

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Fact
+from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.keys import (
     declared_hashes,
     differs,
@@ -61,7 +62,6 @@ def slice_sessions(
         scope: a selection: all, or one organization.
         keep_digests: keep what is read of sessions and their events for the next time.
     """
-    parameters["oldest"] = _oldest_event(connection)
     query = sql.SQL(_SLICES).format(
         differences=each_fact(
             "stored.{fact} # CASE WHEN digest.inputs = stored.inputs THEN keys[{position}] ELSE 0"
@@ -69,7 +69,7 @@ def slice_sessions(
         ),
         keys=each_fact("coalesce(bit_xor({fact}), 0) AS {fact}"),
         facts=each_fact("{fact}"),
-        parts=_union_all(_slice_parts(scope, is_archived=parameters["oldest"] is not None)),
+        parts=_union_all(_slice_parts(scope)),
         scope=scope.format(org_id=sql.SQL("session.org_id")),
         differs=differs(sliced_facts()),
     )
@@ -87,6 +87,8 @@ def slice_sessions(
         )
         if keep_digests:
             _keep_digests(connection, parameters)
+    if keep_digests and scope is EVERYTHING:
+        forget_sessions(connection)
 
 
 def choose_sessions(
@@ -125,28 +127,17 @@ def chosen_slices() -> sql.Composed:
     ).format(differences=each_fact("{parameter}::bigint[]"), facts=each_fact("{fact}"))
 
 
-def _oldest_event(connection: Connection) -> str | None:
-    """When the oldest event that projects was written, if others have been archived."""
-    event_types = dict.fromkeys(kind for _, part in parts_of(EVENT) for kind in part.event_types)
-    row = connection.execute(
-        sql.SQL(
-            "SELECT min(created_at)::text FROM events"
-            " WHERE event_type IN ({}) AND EXISTS (SELECT FROM archived_events)"
-        ).format(sql.SQL(", ").join(map(sql.Literal, event_types)))
-    ).fetchone()
-    assert row is not None
-    return row[0]
-
-
-def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composable]:
-    """Per session: what its keys are made of, and the keys of its facts.
-
-    Facts older than every event are left out: those of archived events. A cutoff that leaves out
-    others makes sessions differ, which costs look-ups, but hides nothing.
-    """
-    yield sql.SQL(
-        "SELECT session_id, bit_xor({id}), {no_keys} FROM events AS source {scope} GROUP BY 1"
-    ).format(id=_EVENT_ID, no_keys=_key_columns({}), scope=_of_org(scope))
+def _slice_parts(scope: sql.SQL) -> Iterable[sql.Composable]:
+    """Per session: what its keys are made of, and the keys of its facts."""
+    for table in EVENT.tables:
+        yield sql.SQL(
+            "SELECT session_id, bit_xor({id}), {no_keys} FROM {events} AS source {scope} GROUP BY 1"
+        ).format(
+            id=_EVENT_ID,
+            no_keys=_key_columns({}),
+            events=sql.Identifier(table),
+            scope=_of_org(scope),
+        )
     for inputs in _inputs_of_sessions(scope):
         yield sql.SQL("SELECT session_id, hash, {no_keys} FROM ({inputs}) AS session").format(
             no_keys=_key_columns({}), inputs=inputs
@@ -154,14 +145,11 @@ def _slice_parts(scope: sql.SQL, *, is_archived: bool) -> Iterable[sql.Composabl
     for fact in sliced_facts():
         keys = sql.SQL("bit_xor({})").format(hash_of(fact, "source.org_id", sql.SQL("source_key")))
         yield sql.SQL(
-            "SELECT session_id, NULL, {keys} FROM {fact} AS source {scope} {since} GROUP BY 1"
+            "SELECT session_id, NULL, {keys} FROM {fact} AS source {scope} GROUP BY 1"
         ).format(
             keys=_key_columns({fact: keys}),
             fact=sql.Identifier(fact.table),
             scope=scope.format(org_id=sql.SQL("source.org_id")),
-            since=sql.SQL(_SINCE_OLDEST if is_archived else "").format(
-                session=sql.Literal(f"{SESSION.type}:")
-            ),
         )
 
 
@@ -171,17 +159,19 @@ def _read_parts(selection: sql.SQL) -> Iterable[sql.Composable]:
         fact: sql.SQL("bit_xor({})").format(hashes)
         for fact, hashes in declared_hashes("{only}").items()
     }
-    yield sql.SQL(
-        "SELECT session_id, bit_xor({id}), {keys}"
-        " FROM events AS source {session} {selection} GROUP BY 1"
-    ).format(
-        id=_EVENT_ID,
-        keys=_key_columns(declared),
-        session=THEIR_SESSION,
-        selection=selection.format(
-            org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")
-        ),
-    )
+    for table in EVENT.tables:
+        yield sql.SQL(
+            "SELECT session_id, bit_xor({id}), {keys}"
+            " FROM {events} AS source {session} {selection} GROUP BY 1"
+        ).format(
+            id=_EVENT_ID,
+            keys=_key_columns(declared),
+            events=sql.Identifier(table),
+            session=THEIR_SESSION,
+            selection=selection.format(
+                org_id=sql.SQL("session.org_id"), session_id=sql.SQL("source.session_id")
+            ),
+        )
     for inputs in _inputs_of_sessions(selection):
         yield sql.SQL("SELECT session_id, hash, {no_keys} FROM ({inputs}) AS session").format(
             no_keys=_key_columns({}), inputs=inputs
@@ -251,10 +241,6 @@ JOIN sessions AS session ON session.id = session_id {scope}
 WHERE NOT digest_holds OR {differs}
 """
 
-_SINCE_OLDEST = """
-WHERE source.created_at >= %(oldest)s::timestamptz OR starts_with(source_key, {session})
-"""
-
 _READ = """
 SELECT session_id, bit_xor(inputs) AS inputs, {keys}
 FROM ({parts}) AS parts (session_id, inputs, {facts})
@@ -269,9 +255,8 @@ WHERE read.session_id = slice.session_id AND NOT digest_holds
 """
 
 _FORGET_DIGESTS = """
-DELETE FROM everruns_pipelines.key_digests AS digest
+DELETE FROM everruns_pipelines.key_digests
 WHERE session_id IN (SELECT session_id FROM pg_temp.slices WHERE NOT digest_holds)
-    OR NOT EXISTS (SELECT FROM sessions WHERE sessions.id = digest.session_id)
 """
 
 _KEEP_DIGESTS = """

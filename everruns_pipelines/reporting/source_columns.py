@@ -7,16 +7,18 @@ _ORG = Column("org_id", "bigint", "Organization that it belongs to.")
 _SESSION = Column("session_id", "uuid", "Session that it happened in, if any.")
 _CREATED = Column("created_at", "timestamptz", "When it was written; its day in UTC is the fact's.")
 
+_EVENT = (
+    _ID,
+    _SESSION,
+    Column("event_type", "varchar", "What happened; six types are projected."),
+    Column("ts", "timestamptz", "When it happened; its day in UTC is the fact's."),
+    Column("context", "jsonb", "Where in the session it happened, such as the turn."),
+    Column("data", "jsonb", "What happened in detail. Only declared members are read."),
+)
+
 SOURCE_COLUMNS: dict[str, tuple[Column, ...]] = {
-    "events": (
-        _ID,
-        _SESSION,
-        Column("event_type", "varchar", "What happened; six types are projected."),
-        Column("ts", "timestamptz", "When it happened; its day in UTC is the fact's."),
-        Column("context", "jsonb", "Where in the session it happened, such as the turn."),
-        Column("data", "jsonb", "What happened in detail. Only declared members are read."),
-        Column("created_at", "timestamptz", "When it was written."),
-    ),
+    "events": _EVENT,
+    "archived_events": _EVENT,
     "sessions": (
         _ID,
         _ORG,

@@ -5,8 +5,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.items.assets import item_assets
-from everruns_pipelines.items.jobs import rebuild_items
+from everruns_pipelines.items.jobs import check_items, rebuild_items
+from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import SESSION, Span, World, envelope, key
 
 _SCOPE = {"organization": "acme", "workspace": "red", "project": "webapp"}
@@ -31,7 +33,7 @@ def definitions(world: World) -> dg.Definitions:
         jobs=[
             rebuild_items,
             _define_job("days", selection=["items"]),
-            _define_job("checks", selection=dg.AssetSelection.all_asset_checks()),
+            check_items,
         ],
         resources={
             "everruns_items_postgres": world.postgres,
@@ -107,15 +109,15 @@ def test_the_checks_find_missing_and_different_items(
 ) -> None:
     world.post("different", title="edited")
     world.add(Span([envelope("missing"), envelope("different")]))
-    result = definitions.get_job_def("checks").execute_in_process(
+    result = definitions.resolve_job_def("check_items").execute_in_process(
         # A partition_key is compared with the assets' days, and a run of checks has no asset.
         tags={"dagster/partition": "2026-01-01"}
     )
     found = {check.check_name: check for check in result.get_asset_check_evaluations()}
-    missing = found["no_envelope_without_its_item"]
-    different = found["no_item_differs_from_its_envelope"]
-    assert (missing.passed, missing.metadata["missing"].value) == (False, 1)
-    assert (different.passed, different.metadata["different"].value) == (False, 1)
+    missing = found["no_missing_rows"]
+    different = found["no_stale_rows"]
+    assert (missing.passed, missing.metadata["missing_rows"].value) == (False, 1)
+    assert (different.passed, different.metadata["stale_rows"].value) == (False, 1)
     assert world.items().keys() == {key("different")}
 
 
@@ -129,16 +131,16 @@ def test_the_checks_find_a_missing_link(world: World, definitions: dg.Definition
 
 
 def _differing(definitions: dg.Definitions) -> Any:
-    result = definitions.get_job_def("checks").execute_in_process(
+    result = definitions.resolve_job_def("check_items").execute_in_process(
         tags={"dagster/partition": "2026-01-01"}
     )
     [check] = [
         check
         for check in result.get_asset_check_evaluations()
-        if check.check_name == "no_item_differs_from_its_envelope"
+        if check.check_name == "no_stale_rows"
     ]
-    assert check.passed == (check.metadata["different"].value == 0)
-    return check.metadata["different"].value
+    assert check.passed == (check.metadata["stale_rows"].value == 0)
+    return check.metadata["stale_rows"].value
 
 
 def test_every_column_of_the_table_is_described(world: World) -> None:
@@ -152,3 +154,12 @@ def test_every_column_of_the_table_is_described(world: World) -> None:
     assert described.keys() == {name for (name,) in rows}
     assert all(described.values())
     assert (spec.group_name, spec.kinds) == ("items", {"postgres", "clickhouse"})
+
+
+def test_before_the_first_span_there_is_nothing_to_check(settings: Settings) -> None:
+    result = build_definitions(settings).resolve_job_def("check_items").execute_in_process()
+    checks = result.get_asset_check_evaluations()
+    assert {check.check_name: check.passed for check in checks} == {
+        "no_missing_rows": True,
+        "no_stale_rows": True,
+    }

@@ -224,7 +224,13 @@ def test_the_doctor_looks_on_while_a_server_is_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("generation", "said"),
-    [("otel_traces.sql", "older generation"), ("otel_traces_newer.sql", "newer generation")],
+    [
+        ("otel_traces_older.sql", "the exporter's older generation"),
+        ("otel_traces.sql", "generation of 2024"),
+        ("otel_traces_newest_bloom.sql", "newest generation with bloom filters"),
+        ("otel_traces_newest_text.sql", "newest generation with text indexes"),
+        ("otel_traces_json.sql", "JSON generation"),
+    ],
 )
 def test_the_doctor_tells_generations_of_the_span_table(
     tmp_path: Path, generation: str, said: str
@@ -234,8 +240,16 @@ def test_the_doctor_tells_generations_of_the_span_table(
     with clickhouse.connect() as opened:
         for statement in span_tables(generation):
             opened.client.command(statement)
-    assert said in findings(settings)["spans"].text
-    with clickhouse.connect() as opened:
+    finding = findings(settings)["spans"]
+    assert finding.ok
+    assert said in finding.text
+
+
+def test_the_doctor_misses_an_index_on_values(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path}/spans"})
+    with ClickHouseDatabase(settings).connect() as opened:
+        for statement in span_tables():
+            opened.client.command(statement)
         opened.client.command("ALTER TABLE otel_traces DROP INDEX idx_span_attr_value")
     assert "no index on mapValues(SpanAttributes)" in findings(settings)["spans"].text
 

@@ -100,8 +100,6 @@ def differences(
 ) -> list[str]:
     """What is missing, unexpected or wrong in the fact tables, a line each; empty if all is right.
 
-    Facts of archived events may be there or not: their sources are not gone.
-
     Args:
         limit: lines at most; one more says how many there are besides.
         orphans: facts whose source row is gone are allowed.
@@ -153,27 +151,22 @@ class _Origins:
     """Which source rows there are, to judge facts that nothing calls for."""
 
     present: frozenset[str]
-    archived: frozenset[str]
 
     @classmethod
     def read(cls, connection: Connection) -> "_Origins":
+        sources = _Sources.read(connection)
         tables = {
-            "event": "events",
-            "session": "sessions",
-            "llm_generation": "llm_generations",
-            "usage_ledger": "usage_ledger",
+            "event": sources.events,
+            "session": sources.sessions.values(),
+            "llm_generation": sources.generations,
+            "usage_ledger": sources.postings,
         }
-        present = frozenset(
-            f"{prefix}:{row['id']}"
-            for prefix, table in tables.items()
-            for row in _read_table(connection, table)
+        return cls(
+            frozenset(f"{prefix}:{row['id']}" for prefix, rows in tables.items() for row in rows)
         )
-        archived = (row["id"] for row in _read_table(connection, "archived_events"))
-        return cls(present, frozenset(f"event:{id_}" for id_ in archived))
 
     def tolerate(self, source_key: str, *, orphans: bool) -> bool:
-        source = ":".join(source_key.split(":")[:2])
-        return source in self.archived or (orphans and source not in self.present)
+        return orphans and ":".join(source_key.split(":")[:2]) not in self.present
 
 
 # JSON as PostgreSQL keeps it: numbers are decimal text, never floating point.
@@ -256,6 +249,9 @@ class _Sources:
 
     sessions: dict[UUID, _Row]
     events: list[_Row]
+    """Of both tables, as far as their session stands."""
+    archived_sessions: frozenset[UUID]
+    """Sessions some of whose events are archived."""
     generations: list[_Row]
     postings: list[_Row]
     agents: dict[UUID, _Row]
@@ -276,9 +272,17 @@ class _Sources:
         for row in _read_table(connection, "declarative_capabilities"):
             shown = row["name"] if row["display_name"] is None else row["display_name"]
             names[row["org_id"], f"declarative:{row['name']}"] = shown
+        sessions = _by_id(_read_table(connection, "sessions"))
+        archived = _read_table(connection, "archived_events")
+        events = [
+            row
+            for row in (*_read_table(connection, "events"), *archived)
+            if row["session_id"] in sessions
+        ]
         return cls(
-            sessions=_by_id(_read_table(connection, "sessions")),
-            events=_read_table(connection, "events"),
+            sessions=sessions,
+            events=events,
+            archived_sessions=frozenset(row["session_id"] for row in archived),
             generations=_read_table(connection, "llm_generations"),
             postings=_read_table(connection, "usage_ledger"),
             agents=_by_id(_read_table(connection, "agents")),
@@ -347,6 +351,14 @@ def _times(created_at: datetime) -> FactRow:
 
 
 def _session_facts(sources: _Sources) -> Iterator[_Fact]:
+    turns, tool_calls = (
+        Counter(
+            event["session_id"]
+            for event in sources.events
+            if event["session_id"] in sources.archived_sessions and event["event_type"] in types
+        )
+        for types in (TURN_STATUSES, ("tool.completed",))
+    )
     for session in sources.sessions.values():
         source = ("session", str(session["id"]))
         org_id: int = session["org_id"]
@@ -368,8 +380,9 @@ def _session_facts(sources: _Sources) -> Iterator[_Fact]:
                 "last_active_at": session["updated_at"],
                 "session_count": 1,
                 "duration_ms": _milliseconds(session["started_at"], session["finished_at"]),
-                "turn_count": session["turn_count"],
-                "tool_call_count": session["tool_call_count"],
+                # Retention lowers the row's counters; what happened has happened.
+                "turn_count": max(session["turn_count"], turns[session["id"]]),
+                "tool_call_count": max(session["tool_call_count"], tool_calls[session["id"]]),
             }
             | _tokens(session, "total_"),
         )

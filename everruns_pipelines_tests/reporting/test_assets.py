@@ -9,9 +9,9 @@ import dagster as dg
 import pytest
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
-from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.reporting.jobs import check_reporting
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -51,7 +51,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             definitions: list[Any] = [
-                *source_assets(),
+                *source_assets(settings),
                 *fact_assets(settings),
                 *fact_checks(settings),
             ]
@@ -164,8 +164,35 @@ def test_a_range_of_days_is_one_run_with_the_counts_of_each_day(
     ) == [("2026-03-01", 1), ("2026-03-03", 3)]
 
 
+class Checks:
+    """Looks at the checks of `fact_tool_call` again and again, on one instance."""
+
+    def __init__(self, settings: Settings, instance: dg.DagsterInstance) -> None:
+        self.instance = instance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.definitions = dg.Definitions(
+                assets=[*source_assets(settings), *fact_assets(settings)],
+                asset_checks=fact_checks(settings),
+                jobs=[check_reporting],
+                resources={"everruns_postgres": PostgresDatabase(settings)},
+            )
+
+    def look(self, days: int = 7, **tags: str) -> dict[str, dg.AssetCheckEvaluation]:
+        result = self.definitions.resolve_job_def("check_reporting").execute_in_process(
+            run_config={"days": days},
+            tags={f"dagster/{name}": value for name, value in tags.items()},
+            instance=self.instance,
+        )
+        return {
+            check.check_name: check
+            for check in result.get_asset_check_evaluations()
+            if check.asset_key == dg.AssetKey("fact_tool_call")
+        }
+
+
 def test_checks_find_missing_stale_superseded_and_orphaned_rows(
-    world: World, settings: Settings, postgres: PostgresDatabase
+    world: World, settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     connection = world.connection
     org = world.org()
@@ -181,28 +208,12 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
         connection.execute("SET LOCAL app.session_purge = 'true'")
         connection.execute("DELETE FROM sessions WHERE id = %s", [purged])
     before = versions(connection)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        definitions = dg.Definitions(
-            assets=[*source_assets(), *fact_assets(settings)],
-            asset_checks=fact_checks(settings),
-            jobs=[
-                dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
-                    "checks",
-                    dg.AssetSelection.checks_for_assets("fact_tool_call"),
-                    partitions_def=day_partitions(settings),
-                )
-            ],
-            resources={"everruns_postgres": postgres},
-        )
 
-    result = definitions.resolve_job_def("checks").execute_in_process(
-        tags={"dagster/partition": "2026-03-01"}, instance=ephemeral()
-    )
+    checks = Checks(settings, instance).look(partition="2026-03-01")
 
     found = {
-        check.check_name: (check.passed, check.metadata["rows"].value, check.severity)
-        for check in result.get_asset_check_evaluations()
+        name: (check.passed, check.metadata[f"{name.split('_')[1]}_rows"].value, check.severity)
+        for name, check in checks.items()
     }
     assert found == {
         "no_missing_rows": (False, 1, dg.AssetCheckSeverity.ERROR),
@@ -210,6 +221,60 @@ def test_checks_find_missing_stale_superseded_and_orphaned_rows(
         "no_orphaned_rows": (False, 1, dg.AssetCheckSeverity.WARN),
     }
     assert versions(connection) == before
+
+
+def test_a_check_looks_at_the_last_days_or_at_those_of_its_run(
+    world: World, settings: Settings, instance: dg.DagsterInstance
+) -> None:
+    checks = Checks(settings, instance)
+    session = world.session(world.org())
+    world.event(session, ts=NOON)
+    world.event(session, ts=datetime.now(UTC) - timedelta(days=1))
+
+    def looked_at(**asked: Any) -> tuple[Any, Any]:
+        metadata = checks.look(**asked)["no_missing_rows"].metadata
+        return metadata["days_checked"].value, metadata["missing_rows"].value
+
+    assert looked_at(days=1) == (1, 0)
+    assert looked_at() == (7, 1)
+    ranged = {
+        "asset_partition_range_start": "2026-03-01",
+        "asset_partition_range_end": "2026-03-03",
+    }
+    # And again at the day that was wrong before.
+    assert looked_at(**ranged)[0] == 4
+
+
+def test_a_check_stays_red_until_every_day_that_it_found_wrong_is_repaired(
+    world: World, settings: Settings, instance: dg.DagsterInstance
+) -> None:
+    checks = Checks(settings, instance)
+    session = world.session(world.org())
+    for days in (1, 2):
+        world.event(session, ts=datetime.now(UTC) - timedelta(days=days))
+    yesterday = (TODAY - timedelta(days=1)).isoformat()
+    assert checks.look()["no_missing_rows"].metadata["days_wrong"].value == 2
+
+    materialize(world.connection, TODAY - timedelta(days=1))
+
+    [wrong] = _wrong_days(checks.look(partition=yesterday)["no_missing_rows"])
+    assert wrong == (TODAY - timedelta(days=2)).isoformat()
+    materialize(world.connection, TODAY - timedelta(days=2))
+    assert checks.look(partition=yesterday)["no_missing_rows"].passed
+    assert checks.look(partition=yesterday)["no_missing_rows"].metadata["days_checked"].value == 1
+
+
+def _wrong_days(check: dg.AssetCheckEvaluation) -> list[Any]:
+    table: Any = check.metadata["days"].value
+    return [record.data["day"] for record in table.records]
+
+
+@pytest.mark.parametrize("days", [0, 367])
+def test_a_check_of_too_many_days_or_none_is_refused(
+    settings: Settings, instance: dg.DagsterInstance, days: int
+) -> None:
+    with pytest.raises(dg.Failure, match="days: expected a whole number from 1 to 366"):
+        Checks(settings, instance).look(days=days)
 
 
 def test_orphans_are_counted_by_default_and_removed_on_request(

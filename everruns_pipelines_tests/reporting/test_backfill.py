@@ -16,7 +16,13 @@ from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.reporting.backfill import GLOBAL_LOCK, BackfillRequest, enqueue
+from everruns_pipelines.reporting.backfill import (
+    GLOBAL_LOCK,
+    BackfillRequest,
+    Missing,
+    enqueue,
+    look,
+)
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, Fact, Projection
 from everruns_pipelines.reporting.database import ensure_schema
 from everruns_pipelines.reporting.drain import drain
@@ -30,7 +36,12 @@ from everruns_pipelines_tests.reporting.recompute import (
     differences,
     expected_facts,
 )
-from everruns_pipelines_tests.reporting.world import World, wait_until, waiting
+from everruns_pipelines_tests.reporting.world import (
+    TIMES_BEYOND_PYTHON,
+    World,
+    wait_until,
+    waiting,
+)
 
 NOTHING = {"enqueued": 0, "events": 0, "llm_generations": 0, "sessions": 0, "usage_ledger": 0}
 EVERY_TYPE = ("event", "llm_generation", "session", "usage_ledger")
@@ -250,65 +261,64 @@ def test_a_fact_that_names_another_session_is_not_missing(world: Connection) -> 
     assert _backfill(world) == NOTHING
 
 
-def test_facts_of_archived_events_and_orphaned_facts_hide_nothing(world: Connection) -> None:
-    world.execute("SET LOCAL app.archival_bypass = 'true'")
-    world.execute(
-        "WITH old AS (DELETE FROM events WHERE sequence % 3 = 0 RETURNING *)"
+def _archive(connection: Connection, where: LiteralString) -> None:
+    """What retention does with the events of the condition."""
+    connection.execute("SET LOCAL app.archival_bypass = 'true'")
+    connection.execute(
+        f"WITH old AS (DELETE FROM events WHERE {where} RETURNING *)"
         " INSERT INTO archived_events SELECT old.*, now() FROM old"
     )
+
+
+def test_a_fact_of_an_archived_event_is_missing_if_it_is_lost(world: Connection) -> None:
+    _archive(world, "sequence % 3 = 0")
     world.execute("DELETE FROM usage_ledger WHERE amount < 0.01")
-    assert _backfill(world) == NOTHING
-    left = "EXISTS (SELECT FROM events WHERE source_key LIKE 'event:' || id || '%')"
-    lost = _lose(world, "fact_turn", 4, left) | _lose(world, "fact_tool_call", 4, left)
-    assert len(lost) == 8
-    assert _backfill(world)["events"] == 8
+    assert _backfill(world, source_types=["event", "llm_generation", "usage_ledger"]) == NOTHING
+    archived = "EXISTS (SELECT FROM archived_events WHERE source_key LIKE 'event:' || id || '%')"
+    lost: set[str] = set()
+    for where in (archived, f"NOT {archived}"):
+        for table in ("fact_turn", "fact_tool_call"):
+            lost |= _lose(world, table, 4, where)
+    assert len(lost) == 16
+    assert _backfill(world, source_types=["event"])["events"] == 16
     assert {id_ for _, id_ in _pending(world)} == lost
 
 
-def test_sessions_whose_events_are_archived_are_passed_over(world: Connection) -> None:
-    world.execute("SET LOCAL app.archival_bypass = 'true'")
-    world.execute(
-        "WITH old AS (DELETE FROM events WHERE created_at <"
-        " (SELECT percentile_disc(0.5) WITHIN GROUP (ORDER BY created_at) FROM events)"
-        " RETURNING *) INSERT INTO archived_events SELECT old.*, now() FROM old"
-    )
-    assert _backfill(world) == NOTHING
-    without_events = "session_id NOT IN (SELECT session_id FROM events)"
-    differing = "fact_tool_call <> 0 OR fact_turn <> 0 OR fact_capability_usage <> 0"
-    slices = f"SELECT count(*) FROM pg_temp.slices WHERE {without_events} AND ({differing})"
-    assert _value(world, slices) == 0
-    left = "EXISTS (SELECT FROM events WHERE source_key = 'event:' || id)"
-    configured = f"source_key LIKE 'session:%' AND {without_events}"
-    lost = _lose(world, "fact_tool_call", 3, left) | _lose(
-        world, "fact_capability_usage", 1, configured
-    )
-    assert _backfill(world)["enqueued"] == len(lost) == 4
-    assert {id_ for _, id_ in _pending(world)} == lost
-
-
-def test_an_event_that_happened_before_the_oldest_was_written_is_not_missing(
+def test_a_session_whose_events_were_archived_is_stale_and_keeps_its_history(
     world: Connection,
 ) -> None:
-    """Once events are archived, facts are passed over by the time at which events were written."""
-    world.execute("SET LOCAL session_replication_role = replica")
-    for table, time in (("events", "ts"), ("fact_turn", "created_at")):
-        world.execute(
-            sql.SQL("UPDATE {0} SET {1} = {1} - interval '5 ms'").format(
-                sql.Identifier(table), sql.Identifier(time)
-            )
-        )
-    world.execute(
-        "WITH old AS (DELETE FROM events WHERE created_at <"
-        " (SELECT min(created_at) FROM events WHERE event_type = 'turn.completed')"
-        " RETURNING *) INSERT INTO archived_events SELECT old.*, now() FROM old"
-    )
-    assert _value(world, "SELECT count(*) FROM archived_events") > 0
-    assert _backfill(world, source_types=["event"]) == NOTHING
+    history = "SELECT sum(turn_count), sum(tool_call_count) FROM fact_session"
+    before = world.execute(history).fetchone()
+    _archive(world, "ts < (SELECT percentile_disc(0.5) WITHIN GROUP (ORDER BY ts) FROM events)")
+    stale = _value(world, "SELECT count(*) FROM sessions WHERE updated_at = now()")
+    assert _backfill(world) == NOTHING | {"enqueued": stale, "sessions": stale}
+    _drain(world)
+    assert differences(world) == []
+    assert world.execute(history).fetchone() == before
 
 
-def test_a_purged_session_is_not_missing(world: Connection) -> None:
+def test_postings_of_a_purged_session_are_stale_and_nothing_of_it_is_missing(
+    world: Connection,
+) -> None:
     world.execute("SET LOCAL app.session_purge = 'true'")
-    world.execute("DELETE FROM sessions WHERE id = (SELECT min(id::text)::uuid FROM sessions)")
+    session = "(SELECT session_id FROM usage_ledger ORDER BY session_id LIMIT 1)"
+    postings = _value(world, f"SELECT count(*) FROM usage_ledger WHERE session_id = {session}")
+    world.execute(f"DELETE FROM sessions WHERE id = {session}")
+    assert _backfill(world) == NOTHING | {"enqueued": postings, "usage_ledger": postings}
+    _drain(world)
+    assert differences(world, orphans=True) == []
+
+
+def test_postings_of_a_budget_that_was_re_keyed_are_stale(world: Connection) -> None:
+    budget = _value(
+        world,
+        "UPDATE budgets SET subject_type = 'agent_trigger', subject_id = 'trigger'"
+        " WHERE id = (SELECT budget_id FROM usage_ledger LIMIT 1) RETURNING id",
+    )
+    postings = _value(world, "SELECT count(*) FROM usage_ledger WHERE budget_id = %s", budget)
+    assert _backfill(world) == NOTHING | {"enqueued": postings, "usage_ledger": postings}
+    _drain(world)
+    assert differences(world) == []
     assert _backfill(world) == NOTHING
 
 
@@ -439,6 +449,42 @@ def test_a_dry_run_counts_what_would_be_enqueued_and_writes_nothing(world: Conne
     foretold = _backfill(world, limit=10, dry_run=True)
     assert _outbox(world) == []
     assert foretold == _backfill(world, limit=10)
+
+
+def test_a_look_counts_all_that_is_missing_and_tells_since_when(world: Connection) -> None:
+    assert look(world) == {source_type: Missing() for source_type in EVERY_TYPE}
+    turns = _lose(world, "fact_turn", 40)
+    _lose(world, "fact_llm_generation", 1)
+    changed = _value(
+        world,
+        "UPDATE sessions SET title = 'x' WHERE id = (SELECT max(id::text)::uuid FROM sessions)"
+        " RETURNING updated_at",
+    )
+    oldest = _value(
+        world,
+        "SELECT min(ts) FROM events WHERE event_type IN"
+        " ('turn.completed', 'turn.failed', 'turn.cancelled')",
+    )
+    generation = _value(world, "SELECT min(created_at) FROM llm_generations")
+    assert look(world) == {
+        "event": Missing(len(turns), oldest),
+        "llm_generation": Missing(1, generation),
+        "session": Missing(1, changed),
+        "usage_ledger": Missing(),
+    }
+    assert _outbox(world) == []
+    _backfill(world, limit=1, source_types=["event"])
+    assert look(world)["event"].sources == len(turns) - 1
+
+
+@pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
+def test_a_look_tells_of_times_that_python_has_not(connection: Connection, time: str) -> None:
+    world = World(connection)
+    ensure_schema(connection)
+    world.event(world.session(world.org()), ts=time)
+    found = look(connection)["event"]
+    assert found.sources == 1
+    assert found.oldest is not None
 
 
 def test_a_backfill_of_one_organization_enqueues_nothing_of_others(world: Connection) -> None:
@@ -645,7 +691,7 @@ def test_a_global_backfill_keeps_others_out_and_lets_go(
             _backfill(connection)
             assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (False,)
         assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (True,)
-    assert _value(connection, "SHOW lock_timeout") == "0"
+    assert _value(connection, "SHOW lock_timeout") == "2min"
 
 
 @pytest.mark.parametrize("org_id", [None, 1])

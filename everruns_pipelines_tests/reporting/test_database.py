@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import LiteralString
+from typing import LiteralString, cast
 from uuid import uuid4
 
 import psycopg
@@ -17,7 +17,7 @@ from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.outbox import purge
-from everruns_pipelines.reporting.reconcile import compare_day, stage_days
+from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -154,7 +154,14 @@ def test_a_role_that_may_not_use_our_schema_is_told_so(
 ) -> None:
     database.prepare(connection)
 
-    assert refused(connected_as(PLATFORM)).code == "permission_denied"
+    role = connected_as(PLATFORM)
+    refusal = refused(role)
+    assert refusal.code == "permission_denied"
+    # What it says helps.
+    grants = refusal.detail.partition("by: ")[2]
+    assert grants.startswith("GRANT USAGE ON SCHEMA everruns_pipelines TO ")
+    connection.execute(cast("LiteralString", grants))
+    database.prepare(role)
     may_look = "GRANT USAGE ON SCHEMA everruns_pipelines TO {}"
     refusal = refused(connected_as(PLATFORM, may_look))
     assert "INSERT on everruns_pipelines.outbox_claims" in refusal.detail
@@ -226,8 +233,7 @@ def test_with_the_declared_tables_and_columns_alone_everything_runs(
     assert enqueue(connection, BackfillRequest())["enqueued"] == 0
     materialize(connection, remove_orphans=True)
     for fact in FACTS:
-        stage_days(connection, fact, DAY, DAY)
-        state = compare_day(connection, fact, DAY)
+        state = compare_days(connection, fact, DAY, DAY)[DAY]
         assert (state.missing, state.stale, state.superseded, state.orphaned) == (0, 0, 0, 0)
     assert purge(connection, timedelta(0)) > 0
     database.create_indexes(connection)

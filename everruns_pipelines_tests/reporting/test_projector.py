@@ -18,6 +18,7 @@ from everruns_pipelines.reporting.projector import (
     projections_of,
     stage,
 )
+from everruns_pipelines.reporting.query import rows_of
 from everruns_pipelines_tests.reporting.adversarial import (
     load_adversarial_sources,
     load_unstorable_sources,
@@ -37,16 +38,16 @@ from everruns_pipelines_tests.reporting.world import (
     waiting,
 )
 
-_ALL = sql.SQL("SELECT {org_id}, source.id FROM {table} AS source {session}")
+_ALL = sql.SQL("SELECT {org_id}, source.id FROM {rows} AS source {session}")
 DIGITS_BEYOND_BIGINT = "9" * 30
 
 
 def project_all(connection: Connection, source: Source) -> Outcome:
-    """Project every row of a source table in one transaction."""
+    """Project every row of a source in one transaction."""
     from_session = sql.SQL("JOIN sessions AS session ON session.id = source.session_id")
     query = _ALL.format(
         org_id=sql.SQL("session.org_id" if source.org_from_session else "source.org_id"),
-        table=sql.Identifier(source.table),
+        rows=rows_of(source),
         session=from_session if source.org_from_session else sql.SQL(""),
     )
     named = sql.SQL(

@@ -582,20 +582,45 @@ def test_differences_name_what_is_missing_wrong_and_unexpected(
     }
 
 
-def test_facts_of_archived_events_are_tolerated(world: Connection) -> None:
+def test_an_archived_event_is_an_event_as_long_as_its_session_stands(
+    world: Connection, event: Callable[..., None]
+) -> None:
+    event("turn.completed", '{"turn_id": "t"}', id_=_uuid(1))
+    archived = (
+        "INSERT INTO archived_events (id, session_id, sequence, event_type, data, ts, created_at)"
+        ' VALUES (%s, %s, 9, %s, \'{"turn_id": "t"}\', %s, %s)'
+    )
+    world.execute(archived, (ROW, SESSION, "tool.completed", LATE, LATE))
+    world.execute(archived, (_uuid(2), _uuid(3), "tool.completed", LATE, LATE))
+    facts = expected_facts(world)
+    assert facts["fact_tool_call"].keys() == {(11, f"event:{ROW}")}
+    assert facts["fact_turn"][11, f"event:{_uuid(1)}"]["tool_call_count"] == 1
+    world.execute(
+        "INSERT INTO fact_tool_call (org_id, source_key, created_at, time_bucket_day)"
+        " VALUES (11, %s, %s, %s)",
+        (f"event:{_uuid(2)}", LATE, DAY),
+    )
+    assert f"fact_tool_call 11 event:{_uuid(2)}: unexpected" in differences(world)
+    assert not any("unexpected" in line for line in differences(world, orphans=True))
+
+
+def test_a_session_with_archived_events_keeps_its_history(
+    world: Connection, event: Callable[..., None]
+) -> None:
+    event("turn.failed", "{}", id_=_uuid(1))
+    event("tool.completed", "{}", id_=_uuid(2))
+    world.execute("UPDATE sessions SET turn_count = 0, tool_call_count = 5")
+    of_session = (11, f"session:{SESSION}")
+    counts = ("turn_count", "tool_call_count")
+    fact = expected_facts(world)["fact_session"][of_session]
+    assert [fact[name] for name in counts] == [0, 5]
     world.execute(
         "INSERT INTO archived_events (id, session_id, sequence, event_type, ts, created_at)"
-        " VALUES (%s, %s, 1, 'turn.completed', %s, %s)",
+        " VALUES (%s, %s, 9, 'turn.completed', %s, %s)",
         (ROW, SESSION, LATE, LATE),
     )
-    assert not expected_facts(world)["fact_turn"]
-    before = differences(world)
-    world.execute(
-        "INSERT INTO fact_turn (org_id, source_key, created_at, time_bucket_day)"
-        " VALUES (11, %s, %s, %s)",
-        (f"event:{ROW}", LATE, DAY),
-    )
-    assert differences(world) == before
+    fact = expected_facts(world)["fact_session"][of_session]
+    assert [fact[name] for name in counts] == [2, 5]
 
 
 def test_what_cannot_be_stored_has_no_fact(world: Connection, event: Callable[..., None]) -> None:

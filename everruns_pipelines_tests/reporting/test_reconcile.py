@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 import pytest
@@ -13,10 +13,10 @@ from everruns_pipelines.reporting import reconcile
 from everruns_pipelines.reporting.catalog import FACTS, Fact
 from everruns_pipelines.reporting.projector import lock_sessions
 from everruns_pipelines.reporting.reconcile import (
+    DayReport,
     DayState,
-    compare_day,
-    materialize_day,
-    stage_days,
+    compare_days,
+    materialize_days,
 )
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -25,9 +25,11 @@ from everruns_pipelines_tests.reporting.world import (
     NOON,
     TIMES_BEYOND_PYTHON,
     World,
+    archive,
     drain_all,
     enqueue_all,
     materialize,
+    purge_sessions,
     rows,
     value,
     versions,
@@ -39,32 +41,28 @@ CAPABILITY, SESSION_FACT, TOOL_CALL, TURN = (
     next(fact for fact in FACTS if fact.table == f"fact_{name}")
     for name in ("capability_usage", "session", "tool_call", "turn")
 )
-ARCHIVE = (
-    "INSERT INTO archived_events (id, session_id, sequence, event_type, data, ts, context,"
-    " created_at) SELECT id, session_id, sequence, event_type, data, ts, context, created_at"
-    " FROM events WHERE id = %s"
-)
 
 
-def delete_event(connection: Connection, event_id: UUID, *, archive: bool) -> None:
+def delete_event(connection: Connection, event_id: UUID) -> None:
     with connection.transaction():
         connection.execute("SET LOCAL app.archival_bypass = 'true'")
-        if archive:
-            connection.execute(ARCHIVE, [event_id])
         connection.execute("DELETE FROM events WHERE id = %s", [event_id])
 
 
 def compared(connection: Connection, fact: Fact, day: date = DAY) -> DayState:
-    stage_days(connection, fact, day, day)
-    return compare_day(connection, fact, day)
+    return compare_days(connection, fact, day, day)[day]
 
 
 def materialized(
     connection: Connection, fact: Fact, day: date = DAY, **options: Any
 ) -> dict[str, int]:
-    stage_days(connection, fact, day, day)
-    report = materialize_day(connection, fact, day, **options)
+    report = reported(connection, fact, day, **options)
     return {name: number for name, number in report.counts.items() if number}
+
+
+def reported(connection: Connection, fact: Fact, day: date, **options: Any) -> DayReport:
+    [(_, report)] = materialize_days(connection, fact, day, day, **options)
+    return report
 
 
 def keys(connection: Connection) -> set[str]:
@@ -113,7 +111,7 @@ def test_missing_stale_superseded_misplaced_and_orphaned_rows_are_counted_and_ma
         " FROM fact_tool_call AS fact WHERE source_key = %s) AS copied",
         [f"event:{right}"],
     )
-    delete_event(connection, orphan, archive=False)
+    delete_event(connection, orphan)
 
     # The misplaced row is stale to both days: to its own and to the one in which it stands.
     assert compared(connection, TOOL_CALL) == DayState(
@@ -170,8 +168,7 @@ def test_a_session_of_any_length_is_compared_and_only_an_infinite_one_lacks_its_
     lacking = 0 if storable else 1
 
     assert compared(connection, SESSION_FACT) == DayState(2, 2, 0, 0, 0)
-    stage_days(connection, SESSION_FACT, DAY, DAY)
-    report = materialize_day(connection, SESSION_FACT, DAY)
+    report = reported(connection, SESSION_FACT, DAY)
 
     assert compared(connection, SESSION_FACT) == DayState(2, lacking, 0, 0, 0)
     assert [failure.source_id for failure in report.failures] == [str(odd)] * lacking
@@ -213,17 +210,22 @@ def test_each_fact_writes_its_own_table_only(world: World) -> None:
     assert keys(world.connection) == {f"event:{event}"}
 
 
-def test_facts_of_archived_events_stay(world: World) -> None:
+def test_an_event_is_an_event_wherever_it_lies(world: World) -> None:
     connection = world.connection
     session = world.session(world.org())
     event = world.event(session, data={"capability_id": "plain"})
     materialize(connection)
-    delete_event(connection, event, archive=True)
+    archive(connection, event)
+    of_event = {f"event:{event}", f"event:{event}:invoked"}
+    assert compared(connection, TOOL_CALL) == DayState(expected=1)
 
+    connection.execute("DELETE FROM fact_tool_call")
+    connection.execute("DELETE FROM fact_capability_usage")
+    assert compared(connection, TOOL_CALL) == DayState(expected=1, missing=1)
     materialize(connection, remove_orphans=True)
 
-    assert keys(connection) == {f"session:{session}", f"event:{event}", f"event:{event}:invoked"}
-    assert compared(connection, TOOL_CALL) == DayState(0, 0, 0, 0, 0)
+    assert keys(connection) == {f"session:{session}"} | of_event
+    assert differences(connection) == []
 
 
 @pytest.fixture
@@ -238,9 +240,7 @@ def two_purged_sessions(world: World) -> tuple[UUID, UUID]:
     enqueue_all(world.connection)
     drain_all(world.connection)
     assert len(keys(world.connection)) == 10
-    with world.connection.transaction():
-        world.connection.execute("SET LOCAL app.session_purge = 'true'")
-        world.connection.execute("DELETE FROM sessions")
+    purge_sessions(world.connection, *sessions)
     return sessions
 
 
@@ -249,7 +249,7 @@ def test_orphans_are_counted_and_not_removed_by_default(
 ) -> None:
     before = versions(ready)
 
-    assert materialize(ready) == {"removed": 0, "orphaned": 10}
+    assert materialize(ready) == {"orphaned": 10}
 
     assert versions(ready) == before
 
@@ -260,7 +260,7 @@ def test_orphans_of_a_day_are_removed_on_request(
     assert materialize(ready, DAY + timedelta(days=1), remove_orphans=True)["removed"] == 0
     assert len(keys(ready)) == 10
 
-    assert materialize(ready, remove_orphans=True) == {"removed": 10, "orphaned": 0}
+    assert materialize(ready, remove_orphans=True) == {"removed": 10}
 
     assert keys(ready) == set()
 
@@ -316,23 +316,68 @@ def test_rejections_go_with_the_superseded_row_that_they_are_about(world: World)
     assert differences(connection) == []
 
 
-def test_a_range_is_staged_once_and_its_days_are_done_one_by_one(world: World) -> None:
+def test_the_days_of_a_range_are_done_one_by_one(world: World) -> None:
     connection = world.connection
     session = world.session(world.org())
     days = [DAY + timedelta(days=offset) for offset in range(3)]
     for offset in range(3):
         world.event(session, ts=NOON + timedelta(days=offset))
 
-    stage_days(connection, TOOL_CALL, days[0], days[-1])
+    for number, (day, report) in enumerate(
+        materialize_days(connection, TOOL_CALL, days[0], days[-1]), start=1
+    ):
+        assert (day, report.counts["inserted"]) == (days[number - 1], 1)
+        assert value(connection, "SELECT count(*) FROM fact_tool_call") == number
 
-    staged = rows(connection, "SELECT day, count(*) FROM pg_temp.day_sources GROUP BY 1 ORDER BY 1")
-    assert staged == [(day, 1) for day in days]
-    for day in days:
-        assert materialize_day(connection, TOOL_CALL, day).counts["inserted"] == 1
-        found = value(
-            connection, "SELECT count(*) FROM fact_tool_call WHERE time_bucket_day = %s", day
-        )
-        assert found == 1
+
+def test_days_that_differ_are_told_among_days_that_are_right(world: World) -> None:
+    connection = world.connection
+    session = world.session(world.org())
+    days = [DAY + timedelta(days=offset) for offset in range(4)]
+    events = [world.event(session, ts=NOON + timedelta(days=offset)) for offset in (0, 1, 1, 3)]
+    materialize(connection, days[0], days[-1])
+    connection.execute("DELETE FROM fact_tool_call WHERE source_key = %s", [f"event:{events[1]}"])
+    connection.execute(
+        "UPDATE fact_tool_call SET duration_ms = 5 WHERE source_key = %s", [f"event:{events[3]}"]
+    )
+
+    assert compare_days(connection, TOOL_CALL, days[0], days[-1]) == {
+        days[0]: DayState(expected=1),
+        days[1]: DayState(expected=2, missing=1),
+        days[2]: DayState(),
+        days[3]: DayState(expected=1, stale=1),
+    }
+    reports = dict(materialize_days(connection, TOOL_CALL, days[0], days[-1]))
+    assert [dict(+reports[day].counts) for day in days] == [
+        {"read": 1, "unchanged": 1},
+        {"read": 2, "inserted": 1, "unchanged": 1},
+        {},
+        {"read": 1, "refreshed": 1},
+    ]
+    assert compare_days(connection, TOOL_CALL, days[0], days[-1])[days[3]] == DayState(expected=1)
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM {}", "UPDATE {} SET reason = 'other'"])
+def test_a_right_day_is_materialized_if_what_was_rejected_is_not_on_record(
+    world: World, change: LiteralString
+) -> None:
+    connection = world.connection
+    world.event(world.session(world.org()), data={"capability_id": None})
+    materialize(connection)
+    rejections = "SELECT source_key, reason FROM everruns_pipelines.fact_rejections"
+    on_record = rows(connection, rejections)
+    assert len(on_record) == 1
+    connection.execute(change.format("everruns_pipelines.fact_rejections"))
+
+    assert materialized(connection, CAPABILITY) == {"read": 1, "rejected": 1}
+
+    assert rows(connection, rejections) == on_record
+    connection.execute(
+        "INSERT INTO everruns_pipelines.fact_rejections (fact, org_id, source_key, reason, written)"
+        " SELECT 'fact_tool_call', org_id, source_key, 'settled', true FROM fact_tool_call"
+    )
+    materialized(connection, TOOL_CALL)
+    assert rows(connection, rejections) == on_record
 
 
 def test_a_day_of_many_steps_is_the_same_as_one_of_one_step(
@@ -353,21 +398,32 @@ def test_a_day_of_many_steps_is_the_same_as_one_of_one_step(
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_facts_of_sources_that_arrive_while_a_day_is_materialized_stay(world: World) -> None:
+def test_facts_of_sources_that_arrive_while_a_day_is_looked_at_stay(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A running day is materialized while projectors go on."""
     connection = world.connection
     session = world.session(world.org())
     world.event(session)
-    stage_days(connection, TOOL_CALL, DAY, DAY)
-    late = world.event(session)
-    enqueue_all(connection)
-    drain_all(connection)
+    late: list[UUID] = []
+    stage_days = reconcile._stage_days  # pyright: ignore[reportPrivateUsage]
 
-    state = compare_day(connection, TOOL_CALL, DAY)
-    report = materialize_day(connection, TOOL_CALL, DAY)
+    def staged_and_then_projected(*arguments: Any) -> None:
+        stage_days(*arguments)
+        late.append(world.event(session))
+        enqueue_all(connection)
+        drain_all(connection)
+
+    monkeypatch.setattr(reconcile, "_stage_days", staged_and_then_projected)
+
+    state = compared(connection, TOOL_CALL)
+    connection.execute("DELETE FROM fact_tool_call WHERE source_key = %s", [f"event:{late[0]}"])
+    report = reported(connection, TOOL_CALL, DAY)
 
     assert state.superseded == report.counts["removed"] == report.counts["orphaned"] == 0
-    assert f"event:{late}" in keys(connection)
+    assert f"event:{late[1]}" in keys(connection)
+    monkeypatch.undo()
+    materialize(connection)
     assert differences(connection) == []
 
 
@@ -408,23 +464,25 @@ def test_a_capability_that_is_configured_again_while_leftovers_are_removed_stays
     org = world.org()
     session = world.session(org, capabilities='["back"]')
     materialize(connection)
+    world.session(org, capabilities='["something to do"]')
     world.enqueue(org, "session", session)
-    configure = "UPDATE sessions SET capabilities = %s"
+    configure = "UPDATE sessions SET capabilities = %s WHERE id = %s"
 
     def lose(*_: int) -> None:
-        connection.execute(configure, ["[]"])
+        connection.execute(configure, ["[]", session])
 
     with postgres.connect() as blocker, ThreadPoolExecutor(2) as executor:
         with blocker.transaction():
             blocker.execute("SELECT FROM fact_capability_usage FOR UPDATE")
             removing = executor.submit(materialized_apart, postgres, CAPABILITY, on_step=lose)
             wait_until(lambda: waiting(connection) == 1, "the row to be about to be removed")
-            connection.execute(configure, ['["back"]'])
+            connection.execute(configure, ['["back"]', session])
             projecting = executor.submit(drained_apart, postgres)
             wait_until(lambda: waiting(connection) == 2 or projecting.done(), "the projector")
         removing.result(30)
         assert projecting.result(30) == 1
 
+    materialize(connection)
     assert differences(connection) == []
 
 
@@ -433,11 +491,13 @@ def test_removing_leftovers_is_tried_again_when_it_deadlocks(
 ) -> None:
     """A projector holds the row that is left over, and waits for its turn at the sessions."""
     connection = world.connection
-    session = world.session(world.org(), capabilities='["lost"]')
+    org = world.org()
+    session = world.session(org, capabilities='["lost"]')
     materialize(connection)
+    world.session(org, capabilities='["new"]')
 
     def lose(*_: int) -> None:
-        connection.execute("UPDATE sessions SET capabilities = '[]'")
+        connection.execute("UPDATE sessions SET capabilities = '[]' WHERE id = %s", [session])
 
     with postgres.connect() as foreign, ThreadPoolExecutor(1) as executor:
         foreign.execute("SET deadlock_timeout = '60s'")  # the day is the one that is chosen
@@ -446,10 +506,10 @@ def test_removing_leftovers_is_tried_again_when_it_deadlocks(
             removing = executor.submit(materialized_apart, postgres, CAPABILITY, on_step=lose)
             wait_until(lambda: waiting(connection) == 1, "the day to wait")
             lock_sessions(foreign)
-        assert removing.result(30) == {"read": 1, "unchanged": 1, "removed": 1}
+        assert removing.result(30) == {"read": 2, "inserted": 1, "unchanged": 1, "removed": 1}
 
     materialize(connection)
-    assert keys(connection) == {f"session:{session}"}
+    assert not any(key.endswith(":lost") for key in keys(connection))
     assert differences(connection) == []
 
 

@@ -1,6 +1,7 @@
 """Makes source rows and outbox rows one by one, for tests in which each row matters."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -15,7 +16,8 @@ from psycopg import sql
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES
 from everruns_pipelines.reporting.drain import Drained, drain
-from everruns_pipelines.reporting.reconcile import materialize_day, stage_days
+from everruns_pipelines.reporting.query import rows_of
+from everruns_pipelines.reporting.reconcile import materialize_days
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = NOON.date()
@@ -149,6 +151,24 @@ def application_enqueues(connection: Connection, outbox_id: UUID) -> None:
     )
 
 
+def archive(connection: Connection, *events: UUID) -> None:
+    """What retention does: move events to the archive."""
+    with connection.transaction():
+        connection.execute("SET LOCAL app.archival_bypass = 'true'")
+        connection.execute(
+            "WITH old AS (DELETE FROM events WHERE id = ANY (%s) RETURNING *)"
+            " INSERT INTO archived_events SELECT old.*, now() FROM old",
+            [list(events)],
+        )
+
+
+def purge_sessions(connection: Connection, *sessions: UUID) -> None:
+    """What the platform's purge does: the sessions go, and what hangs on them."""
+    with connection.transaction():
+        connection.execute("SET LOCAL app.session_purge = 'true'")
+        connection.execute("DELETE FROM sessions WHERE id = ANY (%s)", [list(sessions)])
+
+
 def enqueue_all(connection: Connection) -> int:
     """An outbox row for every source row; how many."""
     enqueued = 0
@@ -158,12 +178,12 @@ def enqueue_all(connection: Connection) -> int:
                 "INSERT INTO reporting_outbox"
                 " (org_id, source_type, source_id, source_version, reason)"
                 " SELECT {org_id}, {type}, source.id::text, source.id::text, {reason}"
-                " FROM {table} AS source {session} ON CONFLICT DO NOTHING"
+                " FROM {rows} AS source {session} ON CONFLICT DO NOTHING"
             ).format(
                 org_id=sql.SQL("session.org_id" if source.org_from_session else "source.org_id"),
                 type=sql.Literal(source.type),
                 reason=sql.Literal(source.reason),
-                table=sql.Identifier(source.table),
+                rows=rows_of(source),
                 session=sql.SQL(
                     "JOIN sessions AS session ON session.id = source.session_id"
                     if source.org_from_session
@@ -184,17 +204,14 @@ def drain_all(connection: Connection, **options: Any) -> Drained:
 
 def materialize(
     connection: Connection, first: date = DAY, last: date | None = None, **options: Any
-) -> dict[str, int]:
+) -> Counter[str]:
     """Materialize days of every fact; the counts in all."""
     last = first if last is None else last
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for fact in FACTS:
-        stage_days(connection, fact, first, last)
-        for ordinal in range(first.toordinal(), last.toordinal() + 1):
-            report = materialize_day(connection, fact, date.fromordinal(ordinal), **options)
-            for name, number in report.counts.items():
-                totals[name] = totals.get(name, 0) + number
-    return totals
+        for _, report in materialize_days(connection, fact, first, last, **options):
+            totals.update(report.counts)
+    return +totals
 
 
 def rows(connection: Connection, query: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:

@@ -33,13 +33,15 @@ FROM (
         data -> 'usage' AS usage
     FROM selected
 ) AS turns
--- Counted once per session of the batch: counting per turn is quadratic in a long session.
-LEFT JOIN (
+-- Counted once per session of the batch: counting per turn is quadratic in a long session. So is a
+-- join row by row, which a full join cannot be.
+FULL JOIN (
     SELECT
         session_id,
         coalesce(context ->> 'turn_id', data ->> 'turn_id') AS turn_id,
         count(*) AS count
-    FROM events
+    FROM all_events
     WHERE event_type = 'tool.completed' AND session_id IN (SELECT session_id FROM selected)
     GROUP BY 1, 2
 ) AS tool_calls USING (session_id, turn_id)
+WHERE coalesce(event_type, '') <> ''

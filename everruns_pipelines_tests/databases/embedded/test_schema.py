@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines_tests.reporting.world import NOON, World, rows, value
+from everruns_pipelines_tests.reporting.world import NOON, World, archive, rows, value
 
 CONTRACT: dict[str, Any] = json.loads(Path(__file__).with_name("everruns_schema.json").read_text())
 
@@ -112,18 +112,35 @@ def test_the_permission_to_delete_ends_with_its_transaction(world: World) -> Non
         world.connection.execute("DELETE FROM events")
 
 
-def test_a_session_counts_its_turns_and_tool_calls_and_remembers_its_last_turn(
-    world: World,
-) -> None:
+def test_a_session_counts_a_turn_and_its_tool_calls_when_the_turn_ends(world: World) -> None:
     session, other = (world.session(world.org()) for _ in range(2))
     world.event(session, "turn.started")
-    for event_type in ("turn.completed", "tool.completed", "tool.completed", "turn.cancelled"):
+    for event_type in ("turn.completed", "tool.completed", "tool.completed"):
         world.event(session, event_type)
+    assert _counted(world, session) == (1, 0, "completed", NOON)
+    world.event(session, "turn.cancelled")
     world.event(session, "turn.failed", ts=NOON.replace(hour=13))
     world.event(session, "tool.started")
+    world.event(session, "tool.completed")
 
     assert _counted(world, session) == (3, 2, "failed", NOON.replace(hour=13))
     assert _counted(world, other) == (0, 0, None, None)
+
+
+def test_a_session_forgets_what_retention_takes_away(world: World) -> None:
+    connection = world.connection
+    session = world.session(world.org())
+    events = [
+        world.event(session, event_type)
+        for event_type in ("tool.completed", "turn.completed", "tool.completed", "turn.failed")
+    ]
+
+    archive(connection, events[3], events[0])
+    assert _counted(world, session) == (1, 1, "completed", NOON)
+    assert value(connection, "SELECT updated_at > %s FROM sessions", NOON)
+    archive(connection, *events[1:3])
+    assert _counted(world, session) == (0, 0, None, None)
+    assert value(connection, "SELECT count(*) FROM archived_events") == 4
 
 
 def _counted(world: World, session: UUID) -> tuple[int, int, str | None, datetime | None]:

@@ -45,7 +45,7 @@ CREATE TABLE principals (
     updated_at timestamptz NOT NULL DEFAULT now(),
     archived_at timestamptz,
     deleted_at timestamptz,
-    CHECK (kind IN ('user', 'agent_identity', 'system')),
+    CHECK (kind IN ('user', 'agent_identity', 'virtual_user', 'system')),
     CHECK (public_id ~ '^principal_[0-9a-f]{32}$'),
     CHECK (status IN ('active', 'archived', 'deleted')),
     FOREIGN KEY (org_id) REFERENCES organizations(org_id) ON DELETE CASCADE,
@@ -307,7 +307,10 @@ CREATE TABLE sessions (
         'chat', 'api', 'slack', 'ag_ui', 'fcp', 'schedule', 'webhook', 'a2a', 'eval',
         'subagent', 'unknown'
     )),
-    CHECK (status IN ('started', 'active', 'idle', 'waiting_for_tool_results', 'paused')),
+    CHECK (status IN (
+        'started', 'active', 'idle', 'waiting_for_tool_results', 'resolving_tool_results',
+        'paused'
+    )),
     FOREIGN KEY (agent_id) REFERENCES agents(id) ON DELETE CASCADE,
     FOREIGN KEY (app_id) REFERENCES apps(id) ON DELETE SET NULL,
     FOREIGN KEY (harness_id) REFERENCES harnesses(id),
@@ -450,7 +453,9 @@ CREATE TABLE budgets (
     updated_at timestamptz NOT NULL DEFAULT now(),
     period_started_at timestamptz,
     CHECK (status IN ('active', 'paused', 'exhausted', 'disabled')),
-    CHECK (subject_type IN ('session', 'agent', 'user', 'org', 'app', 'app_channel')),
+    CHECK (subject_type IN (
+        'session', 'agent', 'user', 'org', 'app', 'app_channel', 'agent_trigger', 'agent_channel'
+    )),
     FOREIGN KEY (org_id) REFERENCES organizations(org_id),
     PRIMARY KEY (id)
 );

@@ -33,33 +33,63 @@ $$;
 CREATE TRIGGER refuse_event_change BEFORE UPDATE OR DELETE ON events
 FOR EACH ROW EXECUTE FUNCTION refuse_event_change();
 
--- A session row counts its turns and tool calls, and remembers its last turn.
-CREATE FUNCTION count_session_events() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A session row counts its turns and tool calls, and remembers its last turn. It does so once per
+-- turn, when that ends: by the tool calls since the turn before.
+CREATE FUNCTION is_turn_end(event_type text) RETURNS boolean LANGUAGE sql IMMUTABLE
+RETURN event_type IN ('turn.completed', 'turn.failed', 'turn.cancelled');
+
+CREATE FUNCTION count_turn() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    turn_before integer;
 BEGIN
+    SELECT max(sequence) INTO turn_before FROM events
+    WHERE session_id = NEW.session_id AND sequence < NEW.sequence AND is_turn_end(event_type);
     UPDATE sessions
-    SET turn_count = sessions.turn_count + added.turns,
-        tool_call_count = sessions.tool_call_count + added.tool_calls,
-        last_turn_status = coalesce(added.last_turn_status, sessions.last_turn_status),
-        last_turn_at = coalesce(added.last_turn_at, sessions.last_turn_at),
-        last_turn_sequence = coalesce(added.last_turn_sequence, sessions.last_turn_sequence)
-    FROM (
-        SELECT session_id,
-               count(*) FILTER (WHERE event_type LIKE 'turn.%') AS turns,
-               count(*) FILTER (WHERE event_type = 'tool.completed') AS tool_calls,
-               (array_agg(split_part(event_type, '.', 2) ORDER BY sequence DESC)
-                   FILTER (WHERE event_type LIKE 'turn.%'))[1] AS last_turn_status,
-               (array_agg(ts ORDER BY sequence DESC)
-                   FILTER (WHERE event_type LIKE 'turn.%'))[1] AS last_turn_at,
-               max(sequence) FILTER (WHERE event_type LIKE 'turn.%') AS last_turn_sequence
-        FROM inserted
-        WHERE event_type IN ('turn.completed', 'turn.failed', 'turn.cancelled', 'tool.completed')
-        GROUP BY session_id
-    ) AS added
-    WHERE sessions.id = added.session_id;
+    SET turn_count = turn_count + 1,
+        tool_call_count = tool_call_count + (
+            SELECT count(*) FROM events
+            WHERE session_id = NEW.session_id AND event_type = 'tool.completed'
+                AND sequence > coalesce(turn_before, -1) AND sequence < NEW.sequence
+        )
+    WHERE id = NEW.session_id;
+    UPDATE sessions
+    SET last_turn_status = split_part(NEW.event_type, '.', 2),
+        last_turn_at = NEW.ts,
+        last_turn_sequence = NEW.sequence
+    WHERE id = NEW.session_id AND coalesce(last_turn_sequence, -1) < NEW.sequence;
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER count_session_events AFTER INSERT ON events
-REFERENCING NEW TABLE AS inserted
-FOR EACH STATEMENT EXECUTE FUNCTION count_session_events();
+CREATE TRIGGER count_turn AFTER INSERT ON events
+FOR EACH ROW WHEN (is_turn_end(NEW.event_type)) EXECUTE FUNCTION count_turn();
+
+-- Retention takes away what has been counted.
+CREATE FUNCTION uncount_events() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE sessions
+    SET turn_count = greatest(turn_count - deleted.turns, 0),
+        tool_call_count = greatest(tool_call_count - deleted.tool_calls, 0),
+        (last_turn_status, last_turn_at, last_turn_sequence) = (
+            SELECT split_part(event_type, '.', 2), ts, sequence FROM events
+            WHERE session_id = sessions.id AND is_turn_end(event_type)
+            ORDER BY sequence DESC
+            LIMIT 1
+        )
+    FROM (
+        SELECT
+            session_id,
+            count(*) FILTER (WHERE is_turn_end(event_type)) AS turns,
+            count(*) FILTER (WHERE event_type = 'tool.completed') AS tool_calls
+        FROM removed
+        WHERE is_turn_end(event_type) OR event_type = 'tool.completed'
+        GROUP BY session_id
+    ) AS deleted
+    WHERE sessions.id = deleted.session_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER uncount_events AFTER DELETE ON events
+REFERENCING OLD TABLE AS removed
+FOR EACH STATEMENT EXECUTE FUNCTION uncount_events();

@@ -1,0 +1,92 @@
+"""Runs the application: one process, until a signal ends it."""
+
+import logging
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+from dagster import DagsterInstance
+from dagster._cli.utils import get_possibly_temporary_instance_for_cli
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.load_target import (
+    ModuleTarget,
+    WorkspaceFileTarget,
+    WorkspaceLoadTarget,
+)
+from dagster._utils.interrupts import setup_interrupt_handlers
+from dagster_postgres import PostgresRunStorage
+
+from everruns_pipelines import __version__
+from everruns_pipelines.errors import Refusal
+from everruns_pipelines.serve.app import Address, create_app
+from everruns_pipelines.settings import Settings
+
+_WORKSPACE = Path("workspace.yaml")
+# As Dagster's own web server has them by default.
+_STATEMENT_MILLISECONDS, _RECYCLE_SECONDS, _MOST_CONNECTIONS = 15_000, 3600, 20
+# How long requests that wait for their runs may go on after a signal.
+_GRACE_SECONDS = 5
+
+
+def serve(settings: Settings, address: Address, *, read_only: bool) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        Refusal: Dagster's storage is none that several servers can share.
+        SettingsError: the file of the tokens cannot be read.
+    """
+    logger = logging.getLogger("everruns_pipelines")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_standard_error())
+    with get_possibly_temporary_instance_for_cli("everruns-pipelines serve") as instance:
+        _check(instance)
+        instance.optimize_for_webserver(
+            _STATEMENT_MILLISECONDS, _RECYCLE_SECONDS, _MOST_CONNECTIONS
+        )
+        with WorkspaceProcessContext(
+            instance, workspace_load_target=_workspace(), version=__version__, read_only=read_only
+        ) as context:
+            app = create_app(context, settings, address, read_only=read_only)
+            logger.info("Serving on http://%s:%d%s", address.host, address.port, address.prefix)
+            # Whoever ended the server ends the code server too, on the way out.
+            setup_interrupt_handlers()
+            with suppress(KeyboardInterrupt):
+                uvicorn.run(
+                    app,
+                    host=address.host,
+                    port=address.port,
+                    log_level="warning",
+                    access_log=False,
+                    server_header=False,
+                    proxy_headers=False,
+                    ws_max_size=2**20,
+                    timeout_graceful_shutdown=_GRACE_SECONDS,
+                )
+
+
+def _check(instance: DagsterInstance) -> None:
+    if not isinstance(instance.run_storage, PostgresRunStorage):
+        raise Refusal(
+            "Dagster's storage must be PostgreSQL: start in the directory of the project's"
+            " dagster.yaml, or let DAGSTER_HOME name it",
+            code="unavailable",
+            status=503,
+        )
+
+
+def _workspace() -> WorkspaceLoadTarget:
+    if _WORKSPACE.exists():
+        return WorkspaceFileTarget([str(_WORKSPACE)])
+    return ModuleTarget(
+        module_name="everruns_pipelines.definitions",
+        attribute=None,
+        working_directory=None,
+        location_name="everruns_pipelines",
+    )
+
+
+def _standard_error() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
