@@ -45,9 +45,14 @@ def run_job(
             raise RunFailure(str(error)) from error
     if not result.success:
         raise _why_failed(result)
+    # What an op counted beside its answer stands in the metadata, as it does over GraphQL.
     return {
-        event.step_key: result.output_for_node(event.step_key)
-        for event in result.get_step_success_events()
+        event.step_key: {
+            name: value.value
+            for name, value in event.step_output_data.metadata.items()
+            if isinstance(value, dg.IntMetadataValue)
+        }
+        for event in result.filter_events(lambda event: event.is_successful_output)
         if event.step_key is not None
     }
 
