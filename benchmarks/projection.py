@@ -95,7 +95,7 @@ def measured(home: Path, work: Callable[[], object]) -> Cost:
 
 
 def server_seconds(home: Path) -> float:
-    """Processor time of the embedded server: of all its processes, those that have ended included."""
+    """Processor time of the embedded server: of all its processes, ended ones included."""
     postmaster = int((home / "postgres" / "postmaster.pid").read_text().split()[0])
     ticks = 0
     for process in Path("/proc").glob("[0-9]*"):
