@@ -35,7 +35,7 @@ _SELECTED = sql.SQL(
 )
 
 _SECONDS = 0.2  # that a batch should take
-_LEAST = 500  # rows: of fewer, what a batch costs however large it is would be most of it
+_LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
 _SHORT_WAIT = "SET LOCAL lock_timeout = '200ms'"
 _LOCKED_SECONDS = 60
 
