@@ -14,6 +14,7 @@ import psycopg
 
 from everruns_pipelines import __version__
 from everruns_pipelines.commands import (
+    alert_test,
     backfill,
     check,
     demo,
@@ -26,6 +27,7 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
@@ -44,6 +46,8 @@ _COMMANDS = (
     erase,
     check,
     diagnose,
+    alert_test,
+    url,
 )
 
 _PART_OF: Mapping[str, Part] = {
@@ -127,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for command in _COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         added = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(added)
         added.set_defaults(run=command.run)

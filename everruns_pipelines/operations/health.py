@@ -14,6 +14,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import check_name, check_op, check_specs, severity
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.timetable import hourly_schedule
@@ -66,14 +67,14 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     """The asset, for the parts that are on."""
 
     @dg.asset(
-        name=_HEALTH,
+        key=asset_key(settings, _HEALTH),
         group_name="operations",
         description="How the derived data fares: the backlog and lag of the outbox, and what is "
         f"missing, stale or orphaned in the last {_DAYS} days of every table, or of any age. "
         "`everruns-pipelines diagnose` tells the same in a terminal.",
         kinds={"postgres"},
         owners=["team:everruns"],
-        deps=[table for part in settings.parts for table in _TABLES[part]],
+        deps=[asset_key(settings, table) for part in settings.parts for table in _TABLES[part]],
         pool="postgres",
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
@@ -95,7 +96,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
         with told_plainly(Refusal.as_problem_details):
             diagnosis = diagnose(databases, _DAYS, context.log.info)
             for seen in look_at_sources(databases):
-                context.log_event(_observation(seen))
+                context.log_event(_observation(asset_key(settings, seen.table), seen))
         numbers = _numbers(diagnosis)
         times, lines = _history(context, diagnosis, numbers)
         context.add_asset_metadata(
@@ -120,7 +121,7 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
 
     @dg.multi_asset_check(
         name=check_op(_HEALTH),
-        specs=check_specs(_HEALTH, promises),
+        specs=check_specs(asset_key(settings, _HEALTH), promises),
         can_subset=True,
         pool="postgres",
     )
@@ -159,7 +160,7 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
 
 measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "measure_health",
-    selection=[_HEALTH],
+    selection=dg.AssetSelection.groups("operations"),  # pyright: ignore[reportUnknownMemberType]
     description="Materialize pipeline_health, and judge it by its checks.",
     executor_def=dg.in_process_executor,
 )
@@ -182,9 +183,9 @@ def _measured_in(context: dg.AssetCheckExecutionContext) -> dict[str, Any] | Non
     return found
 
 
-def _observation(seen: "Seen") -> dg.AssetObservation:
+def _observation(key: dg.AssetKey, seen: "Seen") -> dg.AssetObservation:
     return dg.AssetObservation(
-        seen.table,
+        key,
         metadata={
             "dagster/row_count": seen.rows,
             "rows_are_estimated": seen.rows_are_estimated,
