@@ -168,9 +168,8 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
     from everruns_pipelines.reporting.reconcile import count_rows
 
     partitions = day_partitions(postgres.settings)
-    touched = [
-        key for key in sorted(drained.outcome.counts) if partitions.has_partition_key(key[1])
-    ]
+    counts = drained.outcome.counts
+    touched = [(table, day) for table, day in sorted(counts) if partitions.has_partition_key(day)]
     if not touched:
         return
     with postgres.connect() as connection:
