@@ -161,7 +161,14 @@ def item_assets(settings: Settings) -> ItemAssets:
                 done = rebuild_day(
                     everruns_items_postgres, everruns_clickhouse, day, context.log.info
                 )
-                context.add_asset_metadata(as_metadata(done), partition_key=day.isoformat())
+                context.add_asset_metadata(
+                    {
+                        **as_metadata(done),
+                        "materialized": "the whole day",
+                        "dagster/partition_row_count": done.processed,
+                    },
+                    partition_key=day.isoformat(),
+                )
 
     @dg.multi_asset_check(
         name=check_op("items"),
