@@ -13,6 +13,7 @@ help: ## list the targets
 install: $(INSTALLED) ## environment in .venv, from the lock
 
 $(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
+	@case '$(CURDIR)' in *' '*) echo 'make: the path of this directory holds a space, which the embedded PostgreSQL cannot use: move it to one without' >&2; exit 2;; esac
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --no-deps --require-hashes -r requirements.lock

@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from typing import Any, NoReturn
-from urllib import error, request
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest
 
 LOCATION = "everruns_pipelines"
 
@@ -191,17 +192,23 @@ class Deployment:
         )
 
     def _ask(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-        body = json.dumps({"query": query, "variables": variables}).encode()
-        headers = {"Content-Type": "application/json", **self.headers}
-        asked = request.Request(f"{self._checked_url()}/graphql", body, headers)  # noqa: S310, checked
+        import requests
+
         try:
-            with _OPENER.open(asked, timeout=_TIMEOUT) as response:
-                answer = json.load(response)
-        except error.HTTPError as refused:
-            self._refused(refused.code)
-        except (HTTPException, OSError, ValueError) as lost:
-            reason = getattr(lost, "reason", lost)
-            raise _Away(f"{self.url} does not answer ({type(reason).__name__})") from None
+            response = requests.post(
+                f"{self._checked_url()}/graphql",
+                json={"query": query, "variables": variables},
+                headers=dict(self.headers),
+                auth=_as_given,
+                timeout=_TIMEOUT,
+                # The headers may hold a secret, and belong to one host.
+                allow_redirects=False,
+            )
+            if response.status_code != requests.codes.ok:
+                self._refused(response.status_code)
+            answer = response.json()
+        except requests.RequestException as lost:
+            raise _Away(f"{self.url} does not answer ({type(lost).__name__})") from None
         if answer.get("errors"):
             raise RunFailure(f"{self.url} answered: {answer['errors'][0]['message']}")
         return answer["data"]
@@ -236,21 +243,9 @@ class _Away(Exception):
     """The webserver did not answer this time."""
 
 
-def _opener() -> request.OpenerDirector:
-    """HTTP without redirects: the headers may hold a secret, and belong to one host."""
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler(),
-        request.HTTPHandler(),
-        request.HTTPSHandler(),
-        request.HTTPDefaultErrorHandler(),
-        request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-_OPENER = _opener()
+def _as_given(asked: "PreparedRequest") -> "PreparedRequest":
+    """Authorization as the headers say it, and not as a ~/.netrc does."""
+    return asked
 
 
 @dataclass

@@ -129,6 +129,14 @@ def _parts(value: Any) -> Any:
     return tuple(part for part in PARTS if part in named)
 
 
+def _urls(value: SecretStr) -> SecretStr:
+    """Whether each is one that Apprise knows, `alert-test` finds out: loading it takes a while."""
+    urls = value.get_secret_value().split()
+    if not urls or not all(re.match(r"[a-z][a-z0-9+.-]*://\S", url) for url in urls):
+        raise ValueError("not such URLs")
+    return value
+
+
 def _not_in_the_future(value: date) -> date:
     if value > datetime.now(UTC).date():
         raise ValueError("in the future")
@@ -210,6 +218,11 @@ class Settings(BaseModel):
         pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
         description="host names without ports, separated by commas",
     )
+    alert_urls: Annotated[SecretStr, AfterValidator(_urls)] | None = Field(
+        None,
+        alias="EVERRUNS_ALERT_URLS",
+        description="Apprise URLs, separated by white space: json://host/path mailto://...",
+    )
     public_url: str | None = Field(
         None,
         alias="EVERRUNS_PUBLIC_URL",
@@ -257,6 +270,11 @@ class Settings(BaseModel):
             else json.loads(self.graphql_headers.get_secret_value())
         )
 
+    # No variables: `component` sets them in a project of others. What keys of assets begin with;
+    # whether Dagster's run records are others', and not ours to remove.
+    asset_prefix: tuple[str, ...] = ()
+    is_guest: bool = False
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Read the variables. An empty one counts as unset.
@@ -265,7 +283,7 @@ class Settings(BaseModel):
             SettingsError: a variable is set but wrong; names it and what is expected, and never
                 repeats its value, which may hold a password.
         """
-        fields = {str(field.alias): field for field in cls.model_fields.values()}
+        fields = {field.alias: field for field in cls.model_fields.values() if field.alias}
         given = {name: environment[name] for name in fields if environment.get(name)}
         try:
             return cls.model_validate(given)

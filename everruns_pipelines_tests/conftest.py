@@ -1,6 +1,12 @@
-"""One embedded PostgreSQL for a whole test process; a database of its own for every test."""
+"""One embedded PostgreSQL for a whole test process; a database of its own for every test.
 
+Nothing outside of temporary directories is touched: neither the databases nor the Dagster instance
+that the variables of whoever runs the tests name, nor their home.
+"""
+
+import atexit
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +20,19 @@ from psycopg import sql
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url, stop_server
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
+
+_KEPT = "EVERRUNS_WRITE_SNAPSHOT"
+for _name in tuple(os.environ):
+    if _name.startswith(("EVERRUNS_", "DAGSTER_")) and _name != _KEPT:
+        del os.environ[_name]
+_nowhere = TemporaryDirectory(prefix="everruns-tests-")
+atexit.register(_nowhere.cleanup)
+# Commands that are run without settings of their own find their places here.
+os.environ |= {
+    "HOME": _nowhere.name,
+    "DAGSTER_HOME": "",
+    "EVERRUNS_HOME": f"{_nowhere.name}/everruns",
+}
 
 _ENOUGH_MEMORY = 4 * 2**30  # bytes
 _numbers = itertools.count(1)

@@ -1,6 +1,7 @@
 """A webserver and a daemon on this machine, for the tests that need a deployment."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,15 +32,12 @@ class LiveDeployment:
         return f"http://127.0.0.1:{self.port}"
 
     def start_daemon(self) -> None:
-        self._start("daemon", "dagster._daemon", "run", "-w", str(ROOT / "workspace.yaml"))
+        workspace = str(ROOT / "workspace.yaml")
+        self._start("daemon", sys.executable, "-m", "dagster._daemon", "run", "-w", workspace)
 
     def start_webserver(self) -> None:
-        self._start(
-            "webserver",
-            "dagster_webserver",
-            *("-w", str(ROOT / "workspace.yaml")),
-            *("-h", "127.0.0.1", "-p", str(self.port)),
-        )
+        command = Path(sys.executable).with_name("everruns-pipelines")
+        self._start("webserver", str(command), "serve", "--port", str(self.port))
 
     def wait_for_webserver(self) -> None:
         until(self._answers, "the webserver answers")
@@ -52,7 +50,7 @@ class LiveDeployment:
     def _start(self, name: str, *command: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                command,
                 cwd=ROOT,
                 env={**os.environ, **self.environment, "DAGSTER_HOME": str(self.home)},
                 stdout=log,
@@ -80,6 +78,28 @@ def live_deployment(home: Path, environment: Mapping[str, str]) -> Generator[Liv
     finally:
         for name in tuple(deployment.processes):
             deployment.stop(name)
+
+
+def run_commands(page: str, live: LiveDeployment, directory: Path) -> str:
+    """Run every command on a page of the documentation; what they print."""
+    document = (ROOT / "docs" / page).read_text()
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", document, re.DOTALL | re.MULTILINE))
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=directory,
+        env={
+            **os.environ,
+            **live.environment,
+            "URL": live.url,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:

@@ -33,10 +33,11 @@ def test_the_definitions_load() -> None:
 
 
 def test_loading_the_definitions_loads_no_driver_and_no_engine() -> None:
-    heavy = "{'chdb', 'clickhouse_connect', 'fsspec', 'pandas', 'psycopg', 'pyarrow', 'rich'}"
+    heavy = {"apprise", "chdb", "clickhouse_connect", "fsspec", "pandas", "psycopg", "pyarrow"}
+    heavy |= {"requests", "rich"}
     code = (
         "import sys, dagster; before = set(sys.modules);"
-        "from everruns_pipelines.definitions import defs;"
+        "from everruns_pipelines.definitions import defs; import everruns_pipelines.client;"
         f"print(sorted({heavy} & (set(sys.modules) - before)))"
     )
     told = subprocess.run(

@@ -14,6 +14,7 @@ import psycopg
 
 from everruns_pipelines import __version__
 from everruns_pipelines.commands import (
+    alert_test,
     backfill,
     demo,
     dev,
@@ -25,12 +26,27 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
 from everruns_pipelines.settings import Part, Settings
 
 # In the order of the help: first what a newcomer needs, then what an operator does every day.
-_COMMANDS = (demo, dev, serve, token, init, doctor, backfill, project, rebuild, erase, diagnose)
+_COMMANDS = (
+    demo,
+    dev,
+    serve,
+    token,
+    init,
+    doctor,
+    backfill,
+    project,
+    rebuild,
+    erase,
+    diagnose,
+    alert_test,
+    url,
+)
 
 _PART_OF: Mapping[str, Part] = {
     "backfill": "reporting",
@@ -111,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for command in _COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         added = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(added)
         added.set_defaults(run=command.run)

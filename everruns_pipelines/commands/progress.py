@@ -4,11 +4,27 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.text import Text
 
 from everruns_pipelines.client import Progress as Said
 from everruns_pipelines.client import Tell
+
+
+class _Count(MofNCompleteColumn):
+    """How much of how much, for a run that says it. Not every one does."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing, or the two numbers."""
+        return Text() if task.total is None else super().render(task)
 
 
 @contextmanager
@@ -18,7 +34,7 @@ def shown(job: str) -> Generator[Tell]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Count(),
         Elapsed(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:

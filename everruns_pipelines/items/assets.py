@@ -16,6 +16,7 @@ import dagster as dg
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import (
     CheckConfig,
     check_op,
@@ -100,7 +101,7 @@ class ItemAssets:
 def span_table(settings: Settings) -> dg.AssetSpec:
     """The span table that items are made from: shown in the lineage, never written."""
     return dg.AssetSpec(
-        SPANS,
+        asset_key(settings, SPANS),
         group_name="platform",
         description=f"The table {settings.spans_table} of the OpenTelemetry Collector's ClickHouse "
         "exporter: read, never written.",
@@ -115,12 +116,12 @@ def item_assets(settings: Settings) -> ItemAssets:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name="items",
+        key=asset_key(settings, "items"),
         group_name="items",
         description=_DESCRIPTION,
         kinds={"postgres", "clickhouse"},
         owners=["team:everruns"],
-        deps=[SPANS],
+        deps=[asset_key(settings, SPANS)],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=_version(),
@@ -152,7 +153,7 @@ def item_assets(settings: Settings) -> ItemAssets:
 
     @dg.multi_asset_check(
         name=check_op("items"),
-        specs=check_specs("items", _PROMISES),
+        specs=check_specs(asset_key(settings, "items"), _PROMISES),
         can_subset=True,
         pool="clickhouse",
     )

@@ -38,7 +38,7 @@ class RebuildConfig(dg.Config):
 
 
 @dg.op(
-    name="rebuild",
+    name="everruns_rebuild",
     description="Bring items back to what their spans say.",
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     pool="clickhouse",
@@ -67,7 +67,7 @@ def rebuild_op(
 )
 def rebuild_items() -> None:
     """The op `rebuild` alone, in the run's own process."""
-    rebuild_op()
+    rebuild_op.alias("rebuild")()  # pyright: ignore[reportUnknownMemberType]
 
 
 check_items = check_job("check_items", "items", ["items"])

@@ -108,7 +108,7 @@ def hold_to(connection: Connection, organization: str, request: RebuildRequest) 
     """
     one = _find_organization(connection, organization)
     if _find_organization(connection, request.organization) != one:
-        raise _not_found("organization")
+        raise _not_found("organization", request.organization)
 
 
 def _find_organization(connection: Connection, name: str) -> UUID:
@@ -141,13 +141,13 @@ def _find(
             query, {"id": as_uuid(name), "slug": name, "parent": parent}
         ).fetchone()
     if found is None:
-        raise _not_found(kind)
+        raise _not_found(kind, name)
     return found[0]
 
 
-def _not_found(kind: str) -> Refusal:
+def _not_found(kind: str, name: str) -> Refusal:
     return Refusal(
-        f"No such {kind}",
+        f"No such {kind}: {name!a:.80}",
         code="not_found_error",
         status=404,
         errors=(FieldError((kind,), "must be the slug or the UUID of an existing one"),),

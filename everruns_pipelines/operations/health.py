@@ -14,6 +14,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Part, Settings
@@ -50,13 +51,14 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     """The asset, for the parts that are on."""
 
     @dg.asset(
+        key=asset_key(settings, "pipeline_health"),
         group_name="operations",
         description="How the derived data fares: the backlog and lag of the outbox, and what is "
         f"missing, stale or orphaned in the last {_DAYS} days of every table. "
         "`everruns-pipelines diagnose` tells the same in a terminal.",
         kinds={"postgres"},
         owners=["team:everruns"],
-        deps=[table for part in settings.parts for table in _TABLES[part]],
+        deps=[asset_key(settings, table) for part in settings.parts for table in _TABLES[part]],
         pool="postgres",
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
@@ -93,7 +95,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
 
 measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "measure_health",
-    selection=["pipeline_health"],
+    selection=dg.AssetSelection.groups("operations"),  # pyright: ignore[reportUnknownMemberType]
     description="Materialize pipeline_health.",
     executor_def=dg.in_process_executor,
 )

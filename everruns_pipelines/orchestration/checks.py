@@ -42,10 +42,10 @@ class CheckConfig(dg.Config):
     )
 
 
-def check_specs(table: str, promises: Mapping[str, str]) -> list[dg.AssetCheckSpec]:
+def check_specs(key: dg.AssetKey, promises: Mapping[str, str]) -> list[dg.AssetCheckSpec]:
     """A check per thing that can be wrong with rows, with what it promises when it passes."""
     return [
-        dg.AssetCheckSpec(f"no_{what}_rows", asset=table, description=promise)
+        dg.AssetCheckSpec(f"no_{what}_rows", asset=key, description=promise)
         for what, promise in promises.items()
     ]
 

@@ -5,7 +5,7 @@ that they collide with none of a project that takes our definitions in.
 See https://docs.dagster.io/guides/build/external-resources/configuring-resources.
 """
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import dagster as dg
 from pydantic import Field, SecretStr
@@ -28,6 +28,7 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
     )
     home: str = Field(description="EVERRUNS_HOME: where the embedded server lives.")
     reporting_start: str = Field(description="EVERRUNS_REPORTING_START: the first day partition.")
+    asset_prefix: list[str] = Field(description="What the keys of our assets begin with.")
     reporting_max_attempts: int = Field(
         description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many an outbox row is parked."
     )
@@ -114,6 +115,8 @@ def _shown(settings: Settings, fields: Any) -> dict[str, Any]:
     return {
         name: value.get_secret_value()
         if isinstance(value, SecretStr)
+        else list(cast("tuple[str, ...]", value))
+        if isinstance(value, tuple)
         else value
         if value is None or isinstance(value, int)
         else str(value)
@@ -125,7 +128,7 @@ def _settings(resource: Any) -> Settings:
     """The settings that a resource's config spells."""
     return Settings.model_validate(
         {
-            str(field.alias): getattr(resource, name)
+            field.alias or name: getattr(resource, name)
             for name, field in Settings.model_fields.items()
             if getattr(resource, name, None) is not None
         }

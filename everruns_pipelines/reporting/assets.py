@@ -13,6 +13,7 @@ from pydantic import Field
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import (
     CheckConfig,
     check_op,
@@ -49,11 +50,11 @@ class FactConfig(dg.Config):
     )
 
 
-def source_assets() -> list[dg.AssetSpec]:
+def source_assets(settings: Settings) -> list[dg.AssetSpec]:
     """The platform's tables that facts are made from: shown in the lineage, never written."""
     return [
         dg.AssetSpec(
-            source.table,
+            asset_key(settings, source.table),
             group_name="platform",
             description=f"The platform's table {source.table}: read, never written.",
             kinds={"postgres"},
@@ -78,12 +79,12 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
     partitions = day_partitions(settings)
 
     @dg.asset(
-        name=fact.table,
+        key=asset_key(settings, fact.table),
         group_name="reporting",
         description=fact.description,
         kinds={"postgres", "sql"},
         owners=OWNERS,
-        deps=[source.table for source in fact.sources],
+        deps=[asset_key(settings, source.table) for source in fact.sources],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.single_run(),
         code_version=fact.version,
@@ -167,7 +168,7 @@ def _metadata(report: "DayReport", seconds: float) -> dict[str, int | float | dg
 def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
     @dg.multi_asset_check(
         name=check_op(fact.table),
-        specs=check_specs(fact.table, _PROMISES),
+        specs=check_specs(asset_key(settings, fact.table), _PROMISES),
         can_subset=True,
         pool="postgres",
     )

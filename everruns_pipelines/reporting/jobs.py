@@ -1,6 +1,8 @@
 """The jobs `backfill_reporting` and `project_reporting`, and the ops that they are made of.
 
 Run config is typed here. What a value may be is judged by the domain, before anything is touched.
+In a job an op goes by its plain name; its definition begins with `everruns_`, so that it collides
+with none of a project that takes our definitions in.
 See https://docs.dagster.io/guides/build/jobs.
 """
 
@@ -13,6 +15,7 @@ from pydantic import Field
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import check_job
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
@@ -55,7 +58,7 @@ class ProjectConfig(dg.Config):
 
 
 @dg.op(
-    name="enqueue",
+    name="everruns_enqueue",
     out={
         "result": dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
         "drain": dg.Out(dg.Nothing, is_required=False),
@@ -90,7 +93,7 @@ def enqueue_op(
 
 
 @dg.op(
-    name="project",
+    name="everruns_project",
     ins={"after": dg.In(dg.Nothing)},
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
     pool="postgres",
@@ -165,20 +168,21 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
     partitions = day_partitions(postgres.settings)
     for (table, day), counts in sorted(drained.outcome.counts.items()):
         if partitions.has_partition_key(day):
-            context.log_event(dg.AssetMaterialization(table, partition=day, metadata=dict(counts)))
+            key = asset_key(postgres.settings, table)
+            context.log_event(dg.AssetMaterialization(key, partition=day, metadata=dict(counts)))
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def backfill_reporting() -> None:
     """Enqueue what is missing, up to a limit, and project it while you watch."""
-    _, after = enqueue_op()
-    project_op(after)
+    _, after = enqueue_op.alias("enqueue")()  # pyright: ignore[reportUnknownMemberType]
+    project_op.alias("project")(after)  # pyright: ignore[reportUnknownMemberType]
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
 def project_reporting() -> None:
     """Project what is due in the outbox."""
-    project_op()
+    project_op.alias("project")()  # pyright: ignore[reportUnknownMemberType]
 
 
 check_reporting = check_job("check_reporting", "reporting", (fact.table for fact in FACTS))

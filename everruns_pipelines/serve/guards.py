@@ -89,6 +89,7 @@ class Guard:
         try:
             try:
                 headers = Headers(scope=scope)
+                _judge_path(scope["path"])
                 self._judge_origin(scope, headers)
                 body = await _read(headers, receive)
                 self.judge(scope, headers, body)
@@ -102,6 +103,7 @@ class Guard:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
+            _judge_path(scope["path"])
             self._judge_origin(scope, headers)
             self.judge(scope, headers, b"")
         except Refusal as refusal:
@@ -130,6 +132,13 @@ class Guard:
         foreign = [origin for origin in headers.getlist("origin") if origin.lower() not in own]
         if foreign or site not in ("none", "same-origin"):
             raise Refusal("Origin: a page of another site asks", code="forbidden", status=403)
+
+
+def _judge_path(path: str) -> None:
+    """Refuse what a proxy, which tidies paths before it decides, takes for another path."""
+    steps = path.split("/")
+    if {".", ".."} & set(steps) or "" in steps[1:-1]:
+        raise Refusal("The path has a step that is empty or of dots")
 
 
 def origin_of(url: str) -> str:

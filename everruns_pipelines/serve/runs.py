@@ -107,7 +107,8 @@ class Runs:
             self._poller = asyncio.create_task(self._poll())
         try:
             ended = await asyncio.wait_for(future, seconds)
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
+            # The server is ending, and lets requests go that wait: they are told that it goes on.
             return None
         finally:
             self._forget(run_id, future)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -13,6 +14,7 @@ from dagster._core.workspace.load_target import (
     WorkspaceFileTarget,
     WorkspaceLoadTarget,
 )
+from dagster._utils.interrupts import setup_interrupt_handlers
 from dagster_postgres import PostgresRunStorage
 
 from everruns_pipelines import __version__
@@ -47,17 +49,20 @@ def serve(settings: Settings, address: Address, *, read_only: bool) -> None:
         ) as context:
             app = create_app(context, settings, address, read_only=read_only)
             logger.info("Serving on http://%s:%d%s", address.host, address.port, address.prefix)
-            uvicorn.run(
-                app,
-                host=address.host,
-                port=address.port,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                ws_max_size=2**20,
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-            )
+            # Whoever ended the server ends the code server too, on the way out.
+            setup_interrupt_handlers()
+            with suppress(KeyboardInterrupt):
+                uvicorn.run(
+                    app,
+                    host=address.host,
+                    port=address.port,
+                    log_level="warning",
+                    access_log=False,
+                    server_header=False,
+                    proxy_headers=False,
+                    ws_max_size=2**20,
+                    timeout_graceful_shutdown=_GRACE_SECONDS,
+                )
 
 
 def _check(instance: DagsterInstance) -> None:

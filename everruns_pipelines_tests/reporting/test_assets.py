@@ -51,7 +51,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             definitions: list[Any] = [
-                *source_assets(),
+                *source_assets(settings),
                 *fact_assets(settings),
                 *fact_checks(settings),
             ]
@@ -172,7 +172,7 @@ class Checks:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.definitions = dg.Definitions(
-                assets=[*source_assets(), *fact_assets(settings)],
+                assets=[*source_assets(settings), *fact_assets(settings)],
                 asset_checks=fact_checks(settings),
                 jobs=[check_reporting],
                 resources={"everruns_postgres": PostgresDatabase(settings)},

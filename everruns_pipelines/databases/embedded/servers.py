@@ -60,13 +60,22 @@ def embedded_postgres_url(home: Path, database: str = PLATFORM_DATABASE) -> str:
     home = home.resolve()
     if len(str(home).split()) > 1:
         # The wheel hands the path to PostgreSQL unquoted.
-        raise SettingsError("EVERRUNS_HOME: expected a path without spaces for embedded PostgreSQL")
+        raise SettingsError(
+            "EVERRUNS_HOME: expected a path without spaces for embedded PostgreSQL, "
+            "such as /var/tmp/everruns"
+        )
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / USERS_LOCK).touch()
+    except OSError as error:
+        raise SettingsError(
+            f"EVERRUNS_HOME: expected a directory that may be written ({error.strerror})"
+        ) from None
     return _running_server(home).get_uri(database)
 
 
 @cache
 def _running_server(home: Path) -> "PostgresServer":
-    home.mkdir(parents=True, exist_ok=True)
     # First of all: a keeper that is about to stop the server finishes before we look at it.
     _held_locks[home] = _locked(home / USERS_LOCK, fcntl.LOCK_SH)
     with _locked(home / _START_LOCK, fcntl.LOCK_EX):

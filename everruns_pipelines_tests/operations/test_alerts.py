@@ -1,0 +1,313 @@
+"""Alerts as a receiver gets them over HTTP: each once, and once when it is over."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import dagster as dg
+import pytest
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+
+from everruns_pipelines.commands import main
+from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.reporting import database
+from everruns_pipelines.settings import Settings
+
+SECRET = "hunter2"
+AWAY = f"postgresql://nobody:{SECRET}@127.0.0.1:1/nowhere"
+UI = "https://pipelines.example.com/data"
+
+
+class Receiver:
+    """Takes messages over HTTP, and refuses them while `status` is not 200."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, Any]] = []
+        self.status = 200
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if receiver.status == 200:
+                    receiver.got.append(json.loads(body))
+                self.send_response(receiver.status)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"json://user:{SECRET}@127.0.0.1:{self.server.server_port}/hook"
+
+    def news(self) -> list[dict[str, Any]]:
+        """What came since the last call."""
+        got, self.got = self.got, []
+        return got
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+class Watch:
+    """Ticks of the sensor, one after the other."""
+
+    def __init__(self, instance: DagsterInstance, environment: dict[str, str]) -> None:
+        self.instance = instance
+        self.definitions = build_definitions(Settings.from_environment(environment))
+        self.cursor: str | None = None
+
+    def tick(self) -> None:
+        repository = self.definitions.get_repository_def()
+        sensor = repository.get_sensor_def("alert_sensor")
+        resources = {
+            key: cast("Any", resource).create_resource(dg.build_init_resource_context())
+            for key, resource in (self.definitions.resources or {}).items()
+            if isinstance(resource, dg.ConfigurableResource)
+        }
+        with dg.build_sensor_context(
+            instance=self.instance,
+            cursor=self.cursor,
+            repository_def=repository,
+            resources=resources,
+        ) as context:
+            self.cursor = sensor.evaluate_tick(context).cursor
+        assert self.cursor is not None
+        assert SECRET not in self.cursor
+
+    def remember(self, **changes: Any) -> None:
+        self.cursor = json.dumps({**json.loads(self.cursor or ""), **changes})
+
+
+@pytest.fixture
+def environment(postgres_url: str, home: Path, receiver: Receiver) -> dict[str, str]:
+    return {
+        "EVERRUNS_POSTGRES_URL": postgres_url,
+        "EVERRUNS_HOME": str(home),
+        "EVERRUNS_ALERT_URLS": receiver.url,
+        "EVERRUNS_PUBLIC_URL": UI,
+        "EVERRUNS_PARTS": "reporting",
+    }
+
+
+@pytest.fixture
+def watch(instance: DagsterInstance, environment: dict[str, str], connection: Connection) -> Watch:
+    database.prepare(connection)
+    watch = Watch(instance, environment)
+    watch.tick()
+    return watch
+
+
+def _enqueue(connection: Connection, status: str, due: str, error: str = "") -> None:
+    connection.execute(
+        "WITH one AS (INSERT INTO organizations (public_id, name) VALUES"
+        " ('org_' || md5(random()::text), 'o') RETURNING org_id)"
+        " INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+        " next_attempt_at, last_error)"
+        " SELECT org_id, 'event', gen_random_uuid(), 'event_projection', %s, %s, %s FROM one",
+        [status, due, error],
+    )
+
+
+def test_parked_rows_are_told_once_and_once_when_they_are_gone(
+    watch: Watch, receiver: Receiver, connection: Connection
+) -> None:
+    assert receiver.news() == []
+    _enqueue(connection, "failed", "infinity", error=f"payload {SECRET}")
+    for _ in range(3):
+        watch.tick()
+    [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: outbox rows are parked"
+    assert "1 rows of the outbox" in told["message"]
+    assert "everruns-pipelines unpark" in told["message"]
+    assert f"{UI}/assets/pipeline_health" in told["message"]
+    assert told["type"] == "warning"
+    assert SECRET not in json.dumps(told)
+    connection.execute("DELETE FROM reporting_outbox")
+    for _ in range(3):
+        watch.tick()
+    [over] = receiver.news()
+    assert (over["title"], over["type"]) == (
+        "everruns_pipelines: over: outbox rows are parked",
+        "success",
+    )
+
+
+def test_rows_that_wait_for_a_quarter_of_an_hour_are_told(
+    watch: Watch, receiver: Receiver, connection: Connection
+) -> None:
+    _enqueue(connection, "pending", "now")
+    watch.tick()
+    assert receiver.news() == []
+    connection.execute("UPDATE reporting_outbox SET next_attempt_at = now() - interval '42 min'")
+    watch.tick()
+    [told] = receiver.news()
+    assert "waits for 42 minutes" in told["message"]
+
+
+def test_a_run_that_failed_for_good_is_told_until_one_succeeds(
+    watch: Watch, receiver: Receiver, instance: DagsterInstance
+) -> None:
+    def end(status: DagsterRunStatus, **tags: str) -> DagsterRun:
+        run = instance.add_run(
+            DagsterRun("project_reporting", status=DagsterRunStatus.STARTED, tags=tags)
+        )
+        if status == DagsterRunStatus.FAILURE:
+            instance.report_run_failed(run, f"it failed on payload {SECRET}")
+        else:
+            instance.report_dagster_event(
+                dg.DagsterEvent(
+                    dg.DagsterEventType.RUN_SUCCESS.value, "project_reporting", message="done"
+                ),
+                run.run_id,
+            )
+        return run
+
+    end(DagsterRunStatus.FAILURE, **{"dagster/will_retry": "true"})
+    watch.tick()
+    assert receiver.news() == []
+    end(DagsterRunStatus.FAILURE)
+    end(DagsterRunStatus.FAILURE)
+    watch.tick()
+    watch.tick()
+    [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: project_reporting failed"
+    assert f"{UI}/runs/" in told["message"]
+    assert SECRET not in json.dumps(told)
+    end(DagsterRunStatus.SUCCESS)
+    watch.tick()
+    [over] = receiver.news()
+    assert over["title"] == "everruns_pipelines: over: project_reporting failed"
+
+
+def test_a_failed_check_is_told_with_what_repairs_it(
+    watch: Watch, receiver: Receiver, instance: DagsterInstance
+) -> None:
+    def evaluate(*, passed: bool) -> None:
+        instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=dg.AssetKey("fact_turn"),
+                check_name="no_missing_rows",
+                passed=passed,
+                description="138 missing rows in 2 days. Materialize these days.",
+            )
+        )
+
+    evaluate(passed=False)
+    watch.tick()
+    evaluate(passed=False)
+    watch.tick()
+    [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: fact_turn: no_missing_rows failed"
+    assert "138 missing rows" in told["message"]
+    assert f"{UI}/assets/fact_turn?view=checks" in told["message"]
+    evaluate(passed=True)
+    watch.tick()
+    [over] = receiver.news()
+    assert over["type"] == "success"
+
+
+def test_a_database_is_told_once_it_has_been_away_for_ten_minutes(
+    instance: DagsterInstance, environment: dict[str, str], receiver: Receiver
+) -> None:
+    watch = Watch(instance, {**environment, "EVERRUNS_POSTGRES_URL": AWAY})
+    watch.tick()
+    watch.tick()
+    assert receiver.news() == []
+    [variable] = json.loads(watch.cursor or "")["away"]
+    watch.remember(away={variable: 1_800_000_000.0 - 10**9})
+    watch.tick()
+    watch.tick()
+    [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: the database of EVERRUNS_POSTGRES_URL is away"
+    assert "everruns-pipelines doctor" in told["message"]
+    assert SECRET not in json.dumps(told)
+    back = Watch(instance, environment)
+    back.cursor = watch.cursor
+    back.tick()
+    [over] = receiver.news()
+    assert over["type"] == "success"
+
+
+def test_while_a_database_is_away_nothing_of_it_is_over(
+    watch: Watch,
+    instance: DagsterInstance,
+    environment: dict[str, str],
+    receiver: Receiver,
+    connection: Connection,
+) -> None:
+    _enqueue(connection, "failed", "infinity")
+    watch.tick()
+    assert len(receiver.news()) == 1
+    away = Watch(instance, {**environment, "EVERRUNS_POSTGRES_URL": AWAY})
+    away.cursor = watch.cursor
+    away.tick()
+    assert receiver.news() == []
+    watch.cursor = away.cursor
+    watch.tick()
+    assert receiver.news() == []
+
+
+def test_who_could_not_be_told_is_told_later_and_nobody_twice(
+    instance: DagsterInstance,
+    environment: dict[str, str],
+    receiver: Receiver,
+    connection: Connection,
+) -> None:
+    database.prepare(connection)
+    other = Receiver()
+    urls = f"{receiver.url} {other.url}"
+    watch = Watch(instance, {**environment, "EVERRUNS_ALERT_URLS": urls})
+    other.status = 500
+    _enqueue(connection, "failed", "infinity")
+    watch.tick()
+    watch.tick()
+    assert (len(receiver.news()), len(other.news())) == (1, 0)
+    other.status = 200
+    watch.tick()
+    watch.tick()
+    assert (len(receiver.news()), len(other.news())) == (0, 1)
+    other.server.shutdown()
+    other.server.server_close()
+
+
+def test_the_command_tells_everybody_and_says_who_could_not_be_told(
+    environment: dict[str, str],
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    assert main.run(["alert-test"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"told": 1}
+    [told] = receiver.news()
+    assert "arrive here" in told["message"]
+    monkeypatch.setenv("EVERRUNS_ALERT_URLS", f"{receiver.url} nothing://{SECRET}")
+    assert main.run(["alert-test"]) == 1
+    printed = capfd.readouterr()
+    assert "1 of 2 receivers were told" in printed.err
+    assert SECRET not in printed.err + printed.out + caplog.text
+    monkeypatch.delenv("EVERRUNS_ALERT_URLS")
+    assert main.run(["alert-test"]) == 2
+
+
+def test_without_receivers_there_is_no_sensor() -> None:
+    repository = build_definitions(Settings.from_environment({})).get_repository_def()
+    assert "alert_sensor" not in {sensor.name for sensor in repository.sensor_defs}
