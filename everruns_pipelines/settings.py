@@ -254,6 +254,13 @@ class Settings(BaseModel):
         le=3650,
         description="a whole number of days from 1 to 3650",
     )
+    max_partitions_per_run: int | None = Field(
+        None,
+        alias="EVERRUNS_MAX_PARTITIONS_PER_RUN",
+        ge=1,
+        le=3650,
+        description="a whole number of days from 1 to 3650",
+    )
     runs_keep_days: int = Field(
         30,
         alias="EVERRUNS_RUNS_KEEP_DAYS",

@@ -1,4 +1,5 @@
-"""Enqueues the sources whose facts are missing or stale: exactly those, fairly, up to a limit.
+"""Enqueues the sources whose facts are missing or stale: exactly those, up to a limit that
+source types share: they take turns, and of each the oldest go first.
 
 What is missing is computed from the tables as they stand; nothing that was found right earlier is
 taken for granted. See docs/backfill.md for why that is cheap.

@@ -48,7 +48,7 @@ class EnqueueConfig(dg.Config):
 
 
 class ProjectConfig(dg.Config):
-    """What to project of that which is due."""
+    """Which outbox rows to project, and how many. Only rows that are due are taken."""
 
     org_id: int | None = Field(None, description="One organization; null for all of them.")
     batch_size: int = Field(5000, description="Outbox rows per transaction: 1 to 100000.")
@@ -70,7 +70,9 @@ def enqueue_op(
     config: EnqueueConfig,
     everruns_postgres: dg.ResourceParam[PostgresDatabase],
 ) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
-    """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
+    """Enqueue sources whose facts are missing or stale, up to the limit. Source types take turns,
+    so that none waits for another; of each the oldest go first.
+    """
     from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
     from everruns_pipelines.reporting.backfill import check as check_request
     from everruns_pipelines.reporting.database import check_platform, prepare
