@@ -40,10 +40,11 @@ test-deploy: install $(KUBERNETES)/.installed ## the tests that need Debian's pa
 image-test: install ## build the image with buildah, and run doctor, a backfill and serve from it
 	$(BIN)/pytest everruns_pipelines_tests/deploy/test_image.py
 
-check: install ## lint, format and types
+check: install ## lint, format, types and definitions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PATH="$(CURDIR)/$(BIN):$$PATH" dg check defs
 
 bench: install ## the benchmarks, as ratios in one run
 	$(BIN)/python -m benchmarks

@@ -14,7 +14,16 @@ class SettingsError(ValueError):
 
 
 class RunFailure(Exception):
-    """A run was started and failed; says why, and holds nothing of the data."""
+    """A run was started and failed, or a look found something wrong; says why, and holds nothing of
+    the data.
+
+    Args:
+        result: what is to be printed all the same.
+    """
+
+    def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)

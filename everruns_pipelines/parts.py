@@ -13,11 +13,17 @@ from everruns_pipelines.items.automation import (
 )
 from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.operations.alert_sensor import alert_sensors
-from everruns_pipelines.operations.health import health_schedule, measure_health, pipeline_health
+from everruns_pipelines.operations.health import (
+    health_checks,
+    health_schedule,
+    measure_health,
+    pipeline_health,
+)
 from everruns_pipelines.operations.housekeeping import housekeeping, housekeeping_schedule
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.automation import (
     materialize_reporting,
+    reporting_healing_sensor,
     reporting_outbox_sensor,
     reporting_schedules,
 )
@@ -49,7 +55,7 @@ def _reporting(settings: Settings) -> dg.Definitions:
         assets=[*source_assets(settings), *fact_assets(settings)],
         asset_checks=fact_checks(settings),
         jobs=[backfill_reporting, project_reporting, materialize_reporting, check_reporting],
-        sensors=[reporting_outbox_sensor],
+        sensors=[reporting_outbox_sensor, reporting_healing_sensor],
         schedules=reporting_schedules(settings),
     )
 
@@ -67,7 +73,10 @@ def _items(settings: Settings) -> dg.Definitions:
 
 def _operations(settings: Settings) -> dg.Definitions:
     health = dg.Definitions(
-        assets=[pipeline_health(settings)], jobs=[measure_health], schedules=[health_schedule]
+        assets=[pipeline_health(settings)],
+        asset_checks=[health_checks(settings)],
+        jobs=[measure_health],
+        schedules=[health_schedule],
     )
     if settings.is_guest and "reporting" not in settings.parts:
         return health  # nothing to keep: neither an outbox nor run records

@@ -16,6 +16,11 @@ def add_org_id(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--org-id", type=number, help="one organization; all if not given")
 
 
+def add_days(parser: argparse.ArgumentParser) -> None:
+    """`--days`."""
+    parser.add_argument("--days", type=number, default=7, help="days to compare, default 7")
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """`--dry-run`."""
     parser.add_argument("--dry-run", action="store_true", help="count only, write nothing")
@@ -23,5 +28,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
     """What every command that launches a job has: `--verbose`, `--url`."""
-    parser.add_argument("--verbose", action="store_true", help="tell all that was counted")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every count, not only those of the API"
+    )
     parser.add_argument("--url", help="run it in the deployment at http://host:port, not here")

@@ -1,31 +1,46 @@
 """`diagnose`: what is missing, stale, failing or waiting, in a terminal."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from everruns_pipelines.commands.arguments import number
+from everruns_pipelines.commands.arguments import add_days
+from everruns_pipelines.errors import RunFailure
 from everruns_pipelines.settings import Settings
 
-HELP = "show what is missing, stale, failing or waiting"
+if TYPE_CHECKING:
+    from everruns_pipelines.operations.diagnosis import Diagnosis
+
+HELP = "show what is missing, stale, failing or waiting, and what to do; exit status 1 if anything"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `diagnose` takes."""
-    parser.add_argument("--days", type=number, default=7, help="days to compare, default 7")
+    add_days(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object, not tables")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any] | None:
-    """Look, and show."""
+    """Look, and show.
+
+    Raises:
+        RunFailure: something is wrong.
+    """
+    diagnosis = look(options, settings)
+    found = diagnosis.as_json() if options.json else None
+    if found is None:
+        from everruns_pipelines.commands.tables import show_diagnosis
+
+        show_diagnosis(diagnosis)
+    if not diagnosis.is_well:
+        raise RunFailure(diagnosis.verdict(), found)
+    return found
+
+
+def look(options: argparse.Namespace, settings: Settings) -> "Diagnosis":
+    """The diagnosis of `--days`, with a line on standard error that says what is looked at."""
     from rich.console import Console
 
     from everruns_pipelines.operations.diagnosis import Databases, diagnose
 
     with Console(stderr=True).status("Looking") as status:
-        diagnosis = diagnose(Databases.of(settings), options.days, status.update)
-    if options.json:
-        return diagnosis.as_json()
-    from everruns_pipelines.commands.tables import show_diagnosis
-
-    show_diagnosis(diagnosis)
-    return None
+        return diagnose(Databases.of(settings), options.days, status.update)

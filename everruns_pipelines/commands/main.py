@@ -1,7 +1,7 @@
 """The command line: `everruns-pipelines`.
 
 Standard output is the result as one JSON object; progress and logs go to standard error. Exit
-status: 0 done, 1 the run failed, 2 the request was refused.
+status: 0 done, 1 the run failed or a look found something wrong, 2 the request was refused.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from everruns_pipelines import __version__
 from everruns_pipelines.commands import (
     alert_test,
     backfill,
+    check,
     demo,
     dev,
     diagnose,
@@ -26,6 +27,7 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    unpark,
     url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
@@ -42,15 +44,18 @@ _COMMANDS = (
     backfill,
     project,
     rebuild,
-    erase,
+    check,
     diagnose,
-    alert_test,
+    unpark,
+    erase,
     url,
+    alert_test,
 )
 
 _PART_OF: Mapping[str, Part] = {
     "backfill": "reporting",
     "project": "reporting",
+    "unpark": "reporting",
     "erase": "reporting",
     "rebuild": "items",
 }
@@ -82,6 +87,8 @@ def run(arguments: Sequence[str]) -> int:
         _print(refusal.as_items_error() if is_of_items else refusal.as_problem_details())
         return _tell(refusal.detail, _REFUSED)
     except RunFailure as failure:
+        if failure.result is not None:
+            _print(failure.result)
         return _tell(str(failure), _FAILED)
     except psycopg.Error as error:
         # The rest of a server's message quotes rows.

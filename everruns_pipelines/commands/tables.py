@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -16,13 +18,16 @@ _STATUSES = ["pending", "processing", "failed", "parked", "completed"]
 
 
 def show_diagnosis(diagnosis: "Diagnosis") -> None:
-    """Print a diagnosis on standard output."""
+    """Print a diagnosis on standard output. It fits into 80 columns, however many days it has."""
+    remedies = diagnosis.remedies()
     Console().print(
         Group(
             *([_outbox(diagnosis), _lag(diagnosis)] if "reporting" in diagnosis.parts else []),
             *([_failures(diagnosis)] if diagnosis.failures else []),
             *(_days(diagnosis.days, what) for what in ("missing", "stale", "orphaned")),
             *(f"[yellow]unknown[/yellow] {reason}" for reason in diagnosis.unknown),
+            *(["", "To repair it:"] if remedies else []),
+            *(f"  {escape(remedy)}" for remedy in remedies),
         )
     )
 
@@ -80,18 +85,22 @@ def _failures(diagnosis: "Diagnosis") -> RenderableType:
 
 def _days(days: "Sequence[Day]", what: str) -> RenderableType:
     rows: Any = pd.DataFrame(
-        [(f"{one.day:%m-%d}", one.table, getattr(one, what)) for one in days],
+        [(str(one.day), one.table, getattr(one, what)) for one in days],
         columns=["day", "table", "rows"],
     )
-    counts = rows.pivot_table(index="table", columns="day", values="rows", aggfunc="sum")
-    with_rows = counts.loc[:, counts.sum() > 0].astype(int)
-    if with_rows.empty:
-        return f"[green]✓[/green] No {what} rows in {counts.shape[1]} days"
-    return _table(with_rows, f"{what.capitalize()} rows per day")
+    counts = rows.pivot_table(index="day", columns="table", values="rows", aggfunc="sum")
+    of_days = counts.fillna(0).astype(int)
+    wrong = of_days.loc[of_days.sum(axis=1) > 0, of_days.sum() > 0]
+    if wrong.empty:
+        return f"[green]✓[/green] No {what} rows in {len(of_days)} days"
+    wrong.loc["all"] = wrong.sum()
+    wrong.columns = [str(name).removeprefix("fact_").replace("_", "\n") for name in wrong.columns]
+    title = f"{what.capitalize()} rows per day: {len(wrong) - 1} of {len(of_days)} days"
+    return _table(wrong.rename_axis("day"), title)
 
 
 def _table(frame: Any, title: str) -> RenderableType:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column(str(frame.index.name), no_wrap=True)
     for column in frame.columns:
         table.add_column(str(column), justify="right")

@@ -1,8 +1,8 @@
-"""What is wrong with the derived data, and how far behind it is: one answer for the command
-`diagnose` and for the asset `pipeline_health`. Reads only.
+"""What is wrong with the derived data, and how far behind it is: one answer for the commands
+`diagnose` and `check` and for the asset `pipeline_health`. Repairs nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Self
@@ -19,15 +19,20 @@ from everruns_pipelines.databases.postgres import (
 )
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.items.rebuild import rebuild_day
+from everruns_pipelines.reporting.backfill import Missing, look
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.reconcile import compare_days
+from everruns_pipelines.reporting.reconcile import GRACE, compare_days, stretches
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Part, Settings
 
 MOST_DAYS = 366
-_FAILURES_SHOWN = 10
+# The outbox is drained within seconds, and what nobody enqueued is found within ten minutes.
+MOST_LAG = timedelta(minutes=15)
 ITEMS = "items"
+NO_SPANS = "items: no spans are stored yet"
+_WRONG = ("missing", "stale", "orphaned")
+_FAILURES_SHOWN = 10
 
 Log = Callable[[str], None]
 
@@ -82,6 +87,7 @@ class Day:
 
     Args:
         stale: rows with other values, and rows that their source no longer makes.
+        underway: rows that are neither yet: their source has only just changed, or is queued.
         orphaned: rows whose source is gone; items are never, they outlive their spans.
         rejected: envelopes that cannot be stored; None for facts.
     """
@@ -92,6 +98,7 @@ class Day:
     missing: int
     stale: int
     orphaned: int
+    underway: int = 0
     rejected: int | None = None
 
 
@@ -104,6 +111,8 @@ class Diagnosis:
         oldest_due: since when the oldest row of the outbox is due; None if nothing is.
         failures: the newest failed and parked rows.
         lag_seconds: by fact, how long the oldest source that is queued for it has been waiting.
+        anywhere: by source type, what a backfill would enqueue, of whatever age.
+        days: the last days, and those of facts in which that look found something.
         unknown: what could not be looked at, and why.
     """
 
@@ -113,6 +122,7 @@ class Diagnosis:
     oldest_due: datetime | None
     failures: Sequence[Failed]
     lag_seconds: dict[str, float]
+    anywhere: Mapping[str, Missing]
     days: Sequence[Day]
     unknown: Sequence[str]
 
@@ -128,9 +138,94 @@ class Diagnosis:
         """Rows over all days that are `missing`, `stale` or `orphaned`, in some tables."""
         return sum(getattr(day, what) for day in self.days if day.table in tables)
 
+    @property
+    def is_well(self) -> bool:
+        """Nothing is wrong, and everything could be looked at."""
+        return not self.wrong() and not set(self.unknown) - {NO_SPANS}
+
+    def verdict(self) -> str:
+        """What is wrong, and since when, in one line."""
+        wrong = [f"{rows:,} {what}" for what, rows in self.wrong().items()]
+        oldest = self.oldest_missing()
+        if oldest is not None and wrong:
+            wrong.append(f"the oldest since {oldest:%F %T} UTC")
+        return "; ".join([*wrong, *self.unknown]) or "all is well"
+
+    def summary(self) -> dict[str, Any]:
+        """What is wrong: the counts, the days of each table that are wrong, and what to do."""
+        wrong_days: dict[str, list[dict[str, Any]]] = {}
+        for day in self.days:
+            if rows := {what: getattr(day, what) for what in _WRONG if getattr(day, what)}:
+                wrong_days.setdefault(day.table, []).append({"day": day.day, **rows})
+        return to_jsonable_python(
+            {
+                "ok": self.is_well,
+                "at": self.at,
+                **self.counts(),
+                "oldest_missing": self.oldest_missing(),
+                "lag_seconds": max(self.lag_seconds.values(), default=0.0),
+                "days": wrong_days,
+                "unknown": self.unknown,
+                "remedies": self.remedies(),
+            }
+        )
+
+    def wrong(self) -> dict[str, int]:
+        """How many rows of each kind somebody or something has to see to; empty if all is well.
+
+        An orphan is not among them: it may be wanted.
+        """
+        return {what: rows for what, rows in self.counts().items() if rows and what != "orphaned"}
+
+    def counts(self) -> dict[str, int]:
+        """Rows that are missing, stale or orphaned, over all tables and days that were looked at;
+        rows of the outbox that are parked; facts whose sources wait for too long.
+        """
+        everything = (*(fact.table for fact in FACTS), ITEMS)
+        counts = {what: self.total(what, *everything) for what in _WRONG}
+        overdue = sum(found.sources for found in self.anywhere.values() if self._is_overdue(found))
+        if overdue and not counts["missing"] + counts["stale"]:
+            # They lie on days that no calendar has.
+            counts["missing"] = overdue
+        late = sum(lag > MOST_LAG.total_seconds() for lag in self.lag_seconds.values())
+        return {**counts, "parked": self.rows("parked"), "late": late}
+
+    def _is_overdue(self, found: Missing) -> bool:
+        return found.oldest is not None and self.at - found.oldest > GRACE
+
+    def oldest_missing(self) -> datetime | None:
+        """Since when the oldest source lacks a fact, or has a stale one."""
+        return min((one.oldest for one in self.anywhere.values() if one.oldest), default=None)
+
+    def remedies(self) -> list[str]:
+        """What to do about what was found, one command or sentence each."""
+        counts = self.counts()
+        facts = [fact.table for fact in FACTS]
+        in_facts, in_items = (
+            self.total("missing", *tables) + self.total("stale", *tables)
+            for tables in (facts, [ITEMS])
+        )
+        found: list[str] = []
+        if in_facts and any(one.sources for one in self.anywhere.values()):
+            found.append("everruns-pipelines backfill --limit 10000")
+        elif in_facts:
+            found.append("materialize these days of the facts: in the UI, or with `dg launch`")
+        if in_items:
+            found.append("materialize these days of the items: in the UI, or with `dg launch`")
+        if counts["parked"]:
+            found.append("everruns-pipelines unpark")
+        if counts["late"]:
+            found.append("start Dagster's daemon, or: everruns-pipelines project")
+        if counts["orphaned"]:
+            found.append(
+                "orphans, if they are not wanted: everruns-pipelines erase --session-id S, "
+                "or materialize the day with remove_orphans: true"
+            )
+        return found
+
 
 def diagnose(databases: Databases, days: int, log: Log) -> Diagnosis:
-    """Look at the outbox, and compare the last `days` days, the running one included.
+    """Look at the outbox, and compare the last `days` days, up to and with today.
 
     Raises:
         Refusal: `days` is out of range, or the database cannot be worked on.
@@ -143,30 +238,32 @@ def diagnose(databases: Databases, days: int, log: Log) -> Diagnosis:
             errors=(FieldError(("days",), f"expected {expected}"),),
         )
     now = datetime.now(UTC)
-    last = now.date()
-    first = last - timedelta(days=days - 1)
-    diagnosis = Diagnosis(now, databases.parts, [], None, [], {}, [], [])
+    last_days = [now.date() - timedelta(days=ago) for ago in range(days - 1, -1, -1)]
+    diagnosis = Diagnosis(now, databases.parts, [], None, [], {}, {}, [], [])
     if "reporting" in databases.parts:
-        diagnosis = _look_at_reporting(diagnosis, databases.reporting, first, last, log)
+        diagnosis = _look_at_reporting(diagnosis, databases.reporting, last_days, log)
     if "items" in databases.parts:
         unknown: list[str] = []
-        items = list(_items(databases, first, last, log, unknown))
+        items = list(_items(databases, last_days, log, unknown))
         diagnosis = replace(diagnosis, days=[*diagnosis.days, *items], unknown=unknown)
     return diagnosis
 
 
 def _look_at_reporting(
-    diagnosis: Diagnosis, postgres: PostgresDatabase, first: date, last: date, log: Log
+    diagnosis: Diagnosis, postgres: PostgresDatabase, days: Sequence[date], log: Log
 ) -> Diagnosis:
     with postgres.connect() as connection:
         prepare(connection)
         log("Looking at the outbox")
         outbox = _outbox(connection)
         waiting = _waiting(connection)
+        log("Looking for sources of any age whose facts are missing or stale")
+        anywhere = look(connection)
         return replace(
             diagnosis,
             outbox=outbox,
-            days=list(_facts(connection, first, last, log)),
+            anywhere=anywhere,
+            days=list(_facts(connection, anywhere, days, log)),
             oldest_due=find_due(connection).oldest,
             failures=_failures(connection),
             lag_seconds={
@@ -210,31 +307,32 @@ def _waiting(connection: Connection) -> dict[str, float]:
     return dict(rows.fetchall())
 
 
-def _facts(connection: Connection, first: date, last: date, log: Log) -> Iterator[Day]:
+def _facts(
+    connection: Connection, anywhere: Mapping[str, Missing], days: Sequence[date], log: Log
+) -> Iterator[Day]:
     for fact in FACTS:
-        log(f"Comparing {fact.table} with its sources, {first} to {last}")
-        for day, state in compare_days(connection, fact, first, last).items():
-            yield Day(
-                fact.table,
-                day,
-                state.expected,
-                state.missing,
-                state.stale + state.superseded,
-                state.orphaned,
-            )
+        found = (day for source in fact.sources for day in anywhere[source.type].days)
+        for first, last in stretches({*days, *found}):
+            log(f"Comparing {fact.table} with its sources, {first} to {last}")
+            for day, state in compare_days(connection, fact, first, last, GRACE).items():
+                yield Day(
+                    fact.table,
+                    day,
+                    state.expected,
+                    state.missing,
+                    state.stale + state.superseded,
+                    state.orphaned,
+                    state.underway,
+                )
 
 
 def _items(
-    databases: Databases,
-    first: date,
-    last: date,
-    log: Log,
-    unknown: list[str],
+    databases: Databases, days: Sequence[date], log: Log, unknown: list[str]
 ) -> Iterator[Day]:
     if not databases.clickhouse.is_there():
-        unknown.append("items: no spans are stored yet")
+        unknown.append(NO_SPANS)
         return
-    for day in _days(first, last):
+    for day in days:
         log(f"Comparing items with their spans, {day}")
         try:
             would = rebuild_day(databases.items, databases.clickhouse, day, log, dry_run=True)
@@ -252,9 +350,5 @@ def _items(
             would.inserted,
             would.refreshed,
             0,
-            would.rejected + would.offloaded,
+            rejected=would.rejected + would.offloaded,
         )
-
-
-def _days(first: date, last: date) -> list[date]:
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]

@@ -4,9 +4,9 @@ and a chart over time. Its schedule measures every hour.
 See https://docs.dagster.io/guides/build/assets/metadata-and-tags.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -15,15 +15,19 @@ from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, Postgre
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
 from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.checks import check_name, check_op, check_specs, severity
 from everruns_pipelines.orchestration.failures import told_plainly
+from everruns_pipelines.orchestration.timetable import hourly_schedule
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Part, Settings
 
 if TYPE_CHECKING:
     from everruns_pipelines.operations.diagnosis import Diagnosis
+    from everruns_pipelines.operations.sources import Seen
 
 _DAYS = 7
 _HISTORY = 200
+_HEALTH = "pipeline_health"
 _ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
 _TABLES: Mapping[Part, Sequence[str]] = {"reporting": _FACTS, "items": (_ITEMS,)}
@@ -47,14 +51,26 @@ _DAYS_SCHEMA = dg.TableSchema(
 )
 
 
+_PROMISES = {
+    "missing": f"No row is missing: in the last {_DAYS} days, nor a fact of any age.",
+    "stale": f"No row is stale: in the last {_DAYS} days, nor a fact of any age "
+    "whose source has changed.",
+    "orphaned": f"Every row of the last {_DAYS} days has a source, or one in the archive.",
+}
+_OF_OUTBOX = {
+    "parked": "No row of the outbox has failed so often that it is not tried any more.",
+    "late": "No fact has a source that waits in the outbox for over 15 minutes.",
+}
+
+
 def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     """The asset, for the parts that are on."""
 
     @dg.asset(
-        key=asset_key(settings, "pipeline_health"),
+        key=asset_key(settings, _HEALTH),
         group_name="operations",
         description="How the derived data fares: the backlog and lag of the outbox, and what is "
-        f"missing, stale or orphaned in the last {_DAYS} days of every table. "
+        f"missing, stale or orphaned in the last {_DAYS} days of every table, or of any age. "
         "`everruns-pipelines diagnose` tells the same in a terminal.",
         kinds={"postgres"},
         owners=["team:everruns"],
@@ -63,7 +79,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=6), warn_window=timedelta(hours=2)
         ),
-        code_version="1",
+        code_version="2",
     )
     def pipeline_health(
         context: dg.AssetExecutionContext,
@@ -72,12 +88,15 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> None:
         from everruns_pipelines.operations.diagnosis import Databases, diagnose
+        from everruns_pipelines.operations.sources import look_at_sources
 
         databases = Databases(
             everruns_postgres, everruns_items_postgres, everruns_clickhouse, settings.parts
         )
         with told_plainly(Refusal.as_problem_details):
             diagnosis = diagnose(databases, _DAYS, context.log.info)
+            for seen in look_at_sources(databases):
+                context.log_event(_observation(seen))
         numbers = _numbers(diagnosis)
         times, lines = _history(context, diagnosis, numbers)
         context.add_asset_metadata(
@@ -85,6 +104,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
                 "over time": dg.MetadataValue.md(as_markdown(times, lines)),
                 **numbers,
                 "days": _days_table(diagnosis),
+                "summary": dg.MetadataValue.json(diagnosis.summary()),
                 "failures": dg.MetadataValue.json(diagnosis.as_json()["failures"]),
                 "unknown": dg.MetadataValue.json(list(diagnosis.unknown)),
             }
@@ -93,20 +113,89 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     return pipeline_health
 
 
+def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
+    """What makes `pipeline_health` red. A run that measures is judged by what it measured; one of
+    the checks alone measures by itself.
+    """
+    promises = {**_PROMISES, **(_OF_OUTBOX if "reporting" in settings.parts else {})}
+
+    @dg.multi_asset_check(
+        name=check_op(_HEALTH),
+        specs=check_specs(asset_key(settings, _HEALTH), promises),
+        can_subset=True,
+        pool="postgres",
+    )
+    def check(
+        context: dg.AssetCheckExecutionContext,
+        everruns_postgres: dg.ResourceParam[PostgresDatabase],
+        everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
+        everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
+    ) -> Iterator[dg.AssetCheckResult]:
+        from everruns_pipelines.operations.diagnosis import Databases, diagnose
+
+        summary = _measured_in(context)
+        if summary is None:
+            databases = Databases(
+                everruns_postgres, everruns_items_postgres, everruns_clickhouse, settings.parts
+            )
+            with told_plainly(Refusal.as_problem_details):
+                summary = diagnose(databases, _DAYS, context.log.info).summary()
+        for key in context.selected_asset_check_keys:
+            [what] = (what for what in promises if key.name == check_name(what))
+            rows = summary[what]
+            told = {"since": summary["oldest_missing"], "to_repair": "; ".join(summary["remedies"])}
+            yield dg.AssetCheckResult(
+                check_name=key.name,
+                passed=not rows,
+                severity=severity(what),
+                description=f"{rows:,} {what}." if rows else f"None is {what}.",
+                metadata={
+                    f"{what}_rows": rows,
+                    **({name: text for name, text in told.items() if text} if rows else {}),
+                },
+            )
+
+    return check
+
+
 measure_health = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "measure_health",
     selection=dg.AssetSelection.groups("operations"),  # pyright: ignore[reportUnknownMemberType]
-    description="Materialize pipeline_health.",
+    description="Materialize pipeline_health, and judge it by its checks.",
     executor_def=dg.in_process_executor,
 )
 
-health_schedule = dg.ScheduleDefinition(
-    name="hourly_health",
-    job=measure_health,
-    cron_schedule="15 * * * *",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Measures pipeline_health every hour.",
+health_schedule = hourly_schedule(
+    "hourly_health", measure_health, 15, "Measures pipeline_health every hour, and judges it."
 )
+
+
+def _measured_in(context: dg.AssetCheckExecutionContext) -> dict[str, Any] | None:
+    """What the run of these checks has measured, if it materialized the asset, too."""
+    [key] = {check.asset_key for check in context.selected_asset_check_keys}
+    instance = context.op_execution_context.instance
+    [record] = instance.fetch_materializations(key, limit=1).records or [None]
+    if record is None or record.run_id != context.run.run_id:
+        return None
+    event = record.asset_materialization
+    summary = event.metadata.get("summary") if event else None
+    found: Any = summary.value if isinstance(summary, dg.JsonMetadataValue) else None
+    return found
+
+
+def _observation(seen: "Seen") -> dg.AssetObservation:
+    return dg.AssetObservation(
+        seen.table,
+        metadata={
+            "dagster/row_count": seen.rows,
+            "rows_are_estimated": seen.rows_are_estimated,
+            "newest_row": "none"
+            if seen.newest is None
+            else dg.MetadataValue.timestamp(seen.newest),
+            "looked_at": dg.MetadataValue.timestamp(seen.at),
+        },
+        description="How many rows it holds, and when the newest was written.",
+    )
 
 
 def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:

@@ -6,7 +6,7 @@ several days and says which of them are wrong.
 See https://docs.dagster.io/guides/test/asset-checks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -45,9 +45,19 @@ class CheckConfig(dg.Config):
 def check_specs(key: dg.AssetKey, promises: Mapping[str, str]) -> list[dg.AssetCheckSpec]:
     """A check per thing that can be wrong with rows, with what it promises when it passes."""
     return [
-        dg.AssetCheckSpec(f"no_{what}_rows", asset=key, description=promise)
+        dg.AssetCheckSpec(check_name(what), asset=key, description=promise)
         for what, promise in promises.items()
     ]
+
+
+def check_name(what: str) -> str:
+    """The name of the check that no row is missing, stale, ...: the same for every table."""
+    return f"no_{what}_rows"
+
+
+def severity(what: str) -> dg.AssetCheckSeverity:
+    """An orphan may be wanted: whoever deleted its source decides. All else is an error."""
+    return dg.AssetCheckSeverity.WARN if what == "orphaned" else dg.AssetCheckSeverity.ERROR
 
 
 def check_op(table: str) -> str:
@@ -75,10 +85,16 @@ def check_job(name: str, group: str, tables: Iterable[str]) -> Any:
 
 
 def days_to_check(
-    context: dg.AssetCheckExecutionContext, settings: Settings, config: CheckConfig
+    context: dg.AssetCheckExecutionContext,
+    settings: Settings,
+    config: CheckConfig,
+    anywhere: Callable[[], Iterable[date]] = lambda: (),
 ) -> list[date]:
     """The days of the run, else the last ones; and those that were wrong at the last look, so that
     a check does not pass because one wrong day of several was repaired.
+
+    Args:
+        anywhere: finds days of any age that are wrong; asked unless the run is of partitions.
 
     Raises:
         Refusal: a day is not a partition, or the config asks for too many days or none.
@@ -89,7 +105,7 @@ def days_to_check(
             f"days: {expected}, got {config.days}", errors=(FieldError(("days",), expected),)
         )
     days = days_of_run(context.run, day_partitions(settings))
-    return sorted({*(days or last_days(config.days)), *_wrong_before(context)})
+    return sorted({*(days or (*last_days(config.days), *anywhere())), *_wrong_before(context)})
 
 
 def last_days(number: int) -> list[date]:
@@ -99,7 +115,11 @@ def last_days(number: int) -> list[date]:
 
 
 def check_results(
-    context: dg.AssetCheckExecutionContext, days: Sequence[date], expected: int, wrong: Wrong
+    context: dg.AssetCheckExecutionContext,
+    days: Sequence[date],
+    expected: int,
+    wrong: Wrong,
+    underway: int = 0,
 ) -> Iterator[dg.AssetCheckResult]:
     """The result of each check that was asked for.
 
@@ -107,21 +127,28 @@ def check_results(
         days: the days that were looked at.
         expected: how many rows their sources make.
         wrong: rows by day; days that are right may be left out.
+        underway: rows that are not counted as wrong, since their source has only just changed.
     """
     for key in context.selected_asset_check_keys:
         for what, rows in wrong.items():
-            if key.name == f"no_{what}_rows":
+            if key.name == check_name(what):
                 found = {day: number for day, number in sorted(rows.items()) if number}
-                yield _result(key.name, what, days, expected, found)
+                yield _result(key.name, what, days, found, expected, underway)
 
 
 def _result(
-    name: str, what: str, days: Sequence[date], expected: int, found: Mapping[date, int]
+    name: str,
+    what: str,
+    days: Sequence[date],
+    found: Mapping[date, int],
+    expected: int,
+    underway: int,
 ) -> dg.AssetCheckResult:
     number = sum(found.values())
     metadata: dict[str, Any] = {
         f"{what}_rows": number,
         "expected_rows": expected,
+        "underway_rows": underway,
         "days_checked": len(days),
         "days_wrong": len(found),
     }
@@ -133,10 +160,7 @@ def _result(
     return dg.AssetCheckResult(
         check_name=name,
         passed=not found,
-        # An orphan may be wanted: whoever deleted the session decides.
-        severity=(
-            dg.AssetCheckSeverity.WARN if what == "orphaned" else dg.AssetCheckSeverity.ERROR
-        ),
+        severity=severity(what),
         description=(
             f"{number:,} {what} rows {_told(list(found))}. "
             f"{_REMEDIES.get(what, 'Materialize these days to repair them')}."

@@ -5,13 +5,15 @@ https://docs.dagster.io/guides/test/asset-checks.
 """
 
 from collections.abc import Iterator, Sequence
+from datetime import date
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import (
@@ -29,7 +31,7 @@ from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.reporting.reconcile import DayReport
+    from everruns_pipelines.reporting.reconcile import DayReport, DayState
 
 OWNERS = ["team:everruns"]
 _PROMISES = {
@@ -178,12 +180,15 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
         everruns_postgres: dg.ResourceParam[PostgresDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
         from everruns_pipelines.reporting.database import prepare
-        from everruns_pipelines.reporting.reconcile import compare_days
+        from everruns_pipelines.reporting.reconcile import GRACE, compare_days, stretches
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
-            days = days_to_check(context, settings, config)
             prepare(connection)
-            states = compare_days(connection, fact, days[0], days[-1])
+            days = days_to_check(context, settings, config, partial(_missing, connection, fact))
+            states: dict[date, DayState] = {}
+            for first, last in stretches(days):
+                context.log.info(f"Comparing {fact.table} with its sources, {first} to {last}")
+                states |= compare_days(connection, fact, first, last, GRACE)
         yield from check_results(
             context,
             days,
@@ -193,6 +198,15 @@ def _checks(fact: Fact, settings: Settings) -> dg.AssetChecksDefinition:
                 "stale": {day: state.stale + state.superseded for day, state in states.items()},
                 "orphaned": {day: state.orphaned for day, state in states.items()},
             },
+            underway=sum(state.underway for state in states.values()),
         )
 
     return check
+
+
+def _missing(connection: Connection, fact: Fact) -> Iterator[date]:
+    """Days of any age on which sources of the fact lack one of theirs."""
+    from everruns_pipelines.reporting.backfill import look
+
+    found = look(connection, sources=fact.sources)
+    return (day for source in fact.sources for day in found[source.type].days)

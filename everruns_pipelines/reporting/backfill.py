@@ -1,4 +1,5 @@
-"""Enqueues the sources whose facts are missing or stale: exactly those, fairly, up to a limit.
+"""Enqueues the sources whose facts are missing or stale: exactly those, up to a limit that
+source types share: they take turns, and of each the oldest go first.
 
 What is missing is computed from the tables as they stand; nothing that was found right earlier is
 taken for granted. See docs/backfill.md for why that is cheap.
@@ -7,7 +8,7 @@ taken for granted. See docs/backfill.md for why that is cheap.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from typing import LiteralString, cast
 
@@ -96,23 +97,27 @@ class Missing:
         sources: how many.
         oldest: since when the oldest has been so, at most: when it happened or last changed. None
             if there are none.
+        days: the UTC days on which they happened: those of the facts that they lack.
     """
 
     sources: int = 0
     oldest: datetime | None = None
+    days: Sequence[date] = ()
 
 
-def look(connection: Connection, org_id: int | None = None) -> dict[str, Missing]:
+def look(
+    connection: Connection, org_id: int | None = None, sources: Sequence[Source] = SOURCES
+) -> dict[str, Missing]:
     """What a backfill without a limit would enqueue, by source type: exact, whatever its age.
 
     Enqueues nothing. Digests are kept, so that the next look is cheap: see docs/backfill.md.
     """
-    with transaction(connection, work_mem=_WORK_MEM):
-        find_missing(connection, SOURCES, org_id)
+    with transaction(connection, work_mem=_WORK_MEM, one_snapshot=True):
+        find_missing(connection, sources, org_id)
         _choose(connection, None)
         found = connection.execute(_SQL["look"]).fetchall()
     return {source.type: Missing() for source in SOURCES} | {
-        source_type: Missing(sources, oldest) for source_type, sources, oldest in found
+        source_type: Missing(sources, oldest, days) for source_type, sources, oldest, days in found
     }
 
 
@@ -123,15 +128,22 @@ def _enqueue_once(
     limit: int,
     lock_wait_seconds: float,
 ) -> tuple[Counter[str], Counter[str]]:
-    """Choose what is missing, and enqueue it; how many of each type."""
-    with transaction(connection, work_mem=_WORK_MEM):
-        if request.org_id is None and not request.dry_run:
+    """Choose what is missing, and enqueue it; how many of each type.
+
+    Nobody is kept out while we search. What others have enqueued since, the platform's own backfill
+    or another one of ours, is known by its outbox row: it is another one than our snapshot shows.
+    """
+    with transaction(connection, work_mem=_WORK_MEM, one_snapshot=True):
+        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
+        chosen = _choose(connection, limit)
+    if request.dry_run:
+        return chosen, chosen
+    with transaction(connection):
+        if request.org_id is None:
             # Keeps the platform's own backfills out.
             what = "Another backfill or repair of all organizations is running"
             wait_for_lock(connection, GLOBAL_LOCK, what, lock_wait_seconds)
-        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
-        chosen = _choose(connection, limit)
-        return chosen, chosen if request.dry_run else _write(connection)
+        return chosen, _write(connection)
 
 
 def check(connection: "Connection | None", request: BackfillRequest) -> None:

@@ -113,13 +113,18 @@ def _text(name: str) -> LiteralString:
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact table: primary key (org_id, source_key), one partition per `time_bucket_day`."""
+    """A fact table: primary key (org_id, source_key), one partition per `time_bucket_day`.
+
+    Args:
+        changed: the column that tells when its source last changed.
+    """
 
     table: str
     description: str
     own_columns: tuple[Column, ...]
     projections: tuple[Projection, ...]
     has_turn: bool = True
+    changed: str = "created_at"
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
@@ -289,6 +294,7 @@ FACTS = (
         ),
         (Projection("session", SESSION, tracks=("last_active_at",)),),
         has_turn=False,
+        changed="last_active_at",
     ),
     Fact(
         "fact_budget_posting",

@@ -10,7 +10,7 @@ fact that stands in the wrong day is found there, too.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from functools import partial
@@ -41,6 +41,10 @@ from everruns_pipelines.reporting.query import (
 _STEP = 20_000
 _WORK_MEM = "64MB"
 
+# How long a change may take to reach the facts: what nobody enqueued is looked for every few
+# minutes.
+GRACE = timedelta(minutes=15)
+
 
 @dataclass(frozen=True)
 class DayState:
@@ -52,6 +56,8 @@ class DayState:
         stale: of those, rows with other values.
         superseded: rows whose source stands, but no longer makes them.
         orphaned: rows whose source is gone: an archived event is not, unless its session is.
+        underway: rows that would be missing or stale, but their source has only just changed, or
+            waits in the outbox.
     """
 
     expected: int = 0
@@ -59,6 +65,7 @@ class DayState:
     stale: int = 0
     superseded: int = 0
     orphaned: int = 0
+    underway: int = 0
 
 
 @dataclass
@@ -85,15 +92,20 @@ class _RightDay:
 
 
 def compare_days(
-    connection: Connection, fact: Fact, first: date, last: date
+    connection: Connection, fact: Fact, first: date, last: date, grace: timedelta | None = None
 ) -> dict[date, DayState]:
-    """Compare the facts of the days from `first` to `last`, both included; writes nothing."""
+    """Compare the facts of the days from `first` to `last`, both included; writes nothing.
+
+    Args:
+        grace: how long a change may take to reach the facts before it counts as missing or stale.
+            None counts every difference, even that of a source which waits in the outbox.
+    """
     right = _right_days(connection, fact, first, last)
     states = {day: DayState(row.read - row.rejected) for day, row in right.items()}
     differing = [day for day in days_between(first, last) if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
-    states |= {day: _compare_day(connection, fact, day) for day in differing}
+        stage_days(connection, fact, differing)
+    states |= {day: compare_day(connection, fact, day, grace) for day in differing}
     return dict(sorted(states.items()))
 
 
@@ -124,7 +136,7 @@ def materialize_days(
     days = days_between(first, last)
     differing = [day for day in days if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
+        stage_days(connection, fact, differing)
     for day in days:
         if day in right:
             row = right[day]
@@ -148,6 +160,18 @@ def materialize_days(
     if remove_orphans:
         with transaction(connection):
             forget_sessions(connection, session_id)
+
+
+def stretches(days: Collection[date]) -> Iterator[tuple[date, date]]:
+    """The days as ranges without gaps, by their ends."""
+    ordered = sorted(days)
+    first = last = ordered[0]
+    for day in ordered[1:]:
+        if day - last > timedelta(days=1):
+            yield first, last
+            first = day
+        last = day
+    yield first, last
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -207,7 +231,9 @@ def _as_stored(column: Column, relation: str) -> sql.Composed:
     )
 
 
-def _compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
+def compare_day(
+    connection: Connection, fact: Fact, day: date, grace: timedelta | None = None
+) -> DayState:
     """Compare one of the staged days with its sources, row by row."""
     with transaction(connection, work_mem=_WORK_MEM):
         staged = _stage_day(connection, day)
@@ -218,15 +244,19 @@ def _compare_day(connection: Connection, fact: Fact, day: date) -> DayState:
                 fact=sql.Identifier(fact.table),
                 of_fact=_columns(fact, "fact"),
                 of_projection=_columns(fact, "projected"),
+                changed=sql.Identifier("projected", fact.changed),
+                type=sql.Literal(projection.source.type),
             )
-            row = connection.execute(query, {"first": 1, "last": staged}).fetchone()
+            row = connection.execute(query, {"first": 1, "last": staged, "grace": grace}).fetchone()
             assert row is not None
-            compared.update(dict(zip(("expected", "missing", "stale"), row, strict=True)))
+            names = ("expected", "missing", "stale", "underway")
+            compared.update(dict(zip(names, row, strict=True)))
         leftovers = _leftovers(connection, fact, day, staged)
     return DayState(
         expected=compared["expected"],
         missing=compared["missing"],
         stale=compared["stale"],
+        underway=compared["underway"],
         superseded=leftovers["superseded"],
         orphaned=leftovers["orphaned"],
     )
@@ -262,7 +292,7 @@ def _materialize_day(
     return report
 
 
-def _stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
+def stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
     """Find the sources of these days, in one pass.
 
     They are kept in the temporary table `day_sources` until the connection is closed.
@@ -412,15 +442,37 @@ FROM ({sources}) AS sources
 WHERE day = ANY (%(days)s)
 """
 
+# Only of a row that differs is it asked whether that is underway.
 _COMPARE = """
 SELECT
     count(*),
-    count(*) FILTER (WHERE fact.org_id IS NULL),
-    count(*) FILTER (
-        WHERE fact.org_id IS NOT NULL AND ({of_projection}) IS DISTINCT FROM ({of_fact})
-    )
+    count(*) FILTER (WHERE is_missing AND NOT is_underway),
+    count(*) FILTER (WHERE is_stale AND NOT is_underway),
+    count(*) FILTER (WHERE is_underway)
 FROM ({projected}) AS projected
 LEFT JOIN {fact} AS fact USING (org_id, source_key)
+CROSS JOIN LATERAL (
+    SELECT
+        fact.org_id IS NULL AS is_missing,
+        fact.org_id IS NOT NULL AND ({of_projection}) IS DISTINCT FROM ({of_fact}) AS is_stale
+    OFFSET 0
+) AS compared
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN %(grace)s::interval IS NULL OR NOT (is_missing OR is_stale) THEN false
+        WHEN CASE WHEN is_missing THEN projected.created_at ELSE {changed} END
+            BETWEEN now() - %(grace)s::interval AND now() THEN true
+        ELSE EXISTS (
+            SELECT FROM reporting_outbox AS outbox
+            WHERE outbox.org_id = projected.org_id
+                AND outbox.source_type = {type}
+                AND outbox.source_id = split_part(projected.source_key, ':', 2)
+                AND outbox.status <> 'completed'
+                AND outbox.next_attempt_at < 'infinity'
+        )
+    END AS is_underway
+    OFFSET 0
+) AS progress
 WHERE projected.rejected IS NULL
 """
 

@@ -13,6 +13,7 @@ import pytest
 from dagster import DagsterInstance
 
 from everruns_pipelines.commands import main
+from everruns_pipelines.commands.tables import show_diagnosis
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
@@ -21,11 +22,17 @@ from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.rebuild import ensure_schema
 from everruns_pipelines.operations.chart import Line, as_markdown
-from everruns_pipelines.operations.diagnosis import Databases, Diagnosis, diagnose
+from everruns_pipelines.operations.diagnosis import Databases, Day, Diagnosis, diagnose
 from everruns_pipelines.operations.doctor import Finding, examine
+from everruns_pipelines.operations.sources import look_at_sources
 from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.reporting.catalog import FACTS, SOURCES
 from everruns_pipelines.reporting.drain import drain
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.reporting.world import materialize
+
+TODAY = datetime.now(UTC).date()
 
 
 @pytest.fixture
@@ -125,9 +132,10 @@ def test_a_row_of_any_time_hides_nothing_from_the_diagnosis(
     assert (diagnosis.oldest_due is None) == (due in ("12000-01-01", "infinity"))
     longest = now.timestamp() if due in ("-infinity", "0044-03-15 BC") else 0
     assert diagnosis.lag_seconds["fact_turn"] == pytest.approx(longest, abs=60)
-    assert diagnosis.total("stale", "fact_session") > 0
-    assert main.run(["diagnose", "--days", "1"]) == 0
-    assert main.run(["diagnose", "--days", "1", "--json"]) == 0
+    # Changed just now: that is not stale yet.
+    assert diagnosis.total("underway", "fact_session") > 0
+    assert main.run(["diagnose", "--days", "1"]) == 1
+    assert main.run(["diagnose", "--days", "1", "--json"]) == 1
     json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
 
 
@@ -145,10 +153,10 @@ def test_the_command_prints_tables_or_one_json_object(
 ) -> None:
     _environment(monkeypatch, settings)
     sample.execute("DELETE FROM fact_turn")
-    assert main.run(["diagnose", "--days", "2", "--json"]) == 0
+    assert main.run(["diagnose", "--days", "2", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert {day["table"] for day in told["days"]} >= {"fact_turn", "fact_session"}
-    assert main.run(["diagnose", "--days", "2"]) == 0
+    assert main.run(["diagnose", "--days", "2"]) == 1
     printed = capsys.readouterr().out
     assert "Outbox: nothing is due" in printed
     assert "Missing rows per day" in printed
@@ -169,6 +177,92 @@ def test_health_is_measured_and_drawn_over_time(
     assert metadata["facts_missing"].value > 0
     assert len(metadata["days"].records) == 7 * 6
     assert _svg(metadata["over time"].value).count("<polyline") == 4
+
+
+def test_health_is_red_while_a_fact_of_any_age_is_missing(
+    instance: DagsterInstance, settings: Settings, sample: Connection
+) -> None:
+    database.prepare(sample)
+    for _ in range(2):
+        enqueue(sample, BackfillRequest(limit=10_000))
+        for _ in drain(sample, max_attempts=3):
+            pass
+    assert _judged(settings, instance) == {
+        "no_missing_rows": True,
+        "no_stale_rows": True,
+        "no_orphaned_rows": True,
+        "no_parked_rows": True,
+        "no_late_rows": True,
+    }
+    # With it, the capabilities that are configured in a session are a year old.
+    sample.execute("UPDATE sessions SET created_at = created_at - interval '1 year'")
+    sample.execute("DELETE FROM fact_session")
+    sample.execute(
+        "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
+        " next_attempt_at, attempts) VALUES (1, 'event', '1', 'a', 'failed', 'infinity', 12),"
+        " (1, 'event', '2', 'a', 'pending', now() - interval '1 hour', 0)"
+    )
+    judged = _judged(settings, instance)
+    red = {name for name, passed in judged.items() if not passed}
+    assert red == {"no_missing_rows", "no_stale_rows", "no_parked_rows", "no_late_rows"}
+
+
+def _judged(settings: Settings, instance: DagsterInstance) -> dict[str, bool]:
+    result = (
+        build_definitions(settings)
+        .resolve_job_def("measure_health")
+        .execute_in_process(instance=instance)
+    )
+    return {check.check_name: check.passed for check in result.get_asset_check_evaluations()}
+
+
+def test_source_tables_are_observed(settings: Settings, sample: Connection) -> None:
+    sample.execute("ANALYZE")
+    seen = {one.table: one for one in look_at_sources(Databases.of(settings))}
+    count = sample.execute("SELECT count(*), max(created_at) FROM sessions").fetchone()
+    assert (seen["sessions"].rows, seen["sessions"].newest) == count
+    assert seen["archived_events"].newest is None
+    assert seen.keys() == {source for part in SOURCES for source in part.tables}
+
+
+def test_check_prints_one_object_and_fails_if_anything_is_wrong(
+    settings: Settings,
+    sample: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _environment(monkeypatch, settings)
+    materialize(sample, TODAY - timedelta(days=2), TODAY)
+    capsys.readouterr()
+    assert main.run(["check"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    sample.execute("DELETE FROM fact_turn")
+    assert main.run(["check", "--days", "1"]) == 1
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["missing"] == sum(day["missing"] for day in found["days"]["fact_turn"]) > 0
+    assert found["remedies"] == ["everruns-pipelines backfill --limit 10000"]
+    assert f"{found['missing']} missing; the oldest since " in told.err
+
+
+def test_a_diagnosis_of_many_days_fits_into_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    now = datetime.now(UTC)
+    tables = [*(fact.table for fact in FACTS), "items"]
+    days = [
+        Day(table, (now - timedelta(days=ago)).date(), 9, 1234, 0, 0)
+        for table in tables
+        for ago in range(30)
+    ]
+    show_diagnosis(
+        Diagnosis(now, ("reporting", "items"), [], None, [], {"fact_turn": 1.0}, {}, days, [])
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80
+    assert sum(line.count("1,234") for line in printed) == 30 * len(tables)
+    assert "Missing rows per day: 30 of 30 days" in "".join(printed)
 
 
 def test_a_chart_is_a_picture_of_its_numbers() -> None:

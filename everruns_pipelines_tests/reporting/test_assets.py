@@ -235,14 +235,35 @@ def test_a_check_looks_at_the_last_days_or_at_those_of_its_run(
         metadata = checks.look(**asked)["no_missing_rows"].metadata
         return metadata["days_checked"].value, metadata["missing_rows"].value
 
-    assert looked_at(days=1) == (1, 0)
-    assert looked_at() == (7, 1)
+    # Today, and the days of any age on which something is missing.
+    assert looked_at(days=1) == (3, 2)
+    materialize(world.connection)
+    materialize(world.connection, TODAY - timedelta(days=1))
+    # And again those that were wrong at the last look.
+    assert looked_at() == (8, 0)
+    assert looked_at() == (7, 0)
     ranged = {
         "asset_partition_range_start": "2026-03-01",
         "asset_partition_range_end": "2026-03-03",
     }
-    # And again at the day that was wrong before.
-    assert looked_at(**ranged)[0] == 4
+    assert looked_at(**ranged) == (3, 0)
+
+
+def test_what_has_only_just_changed_or_is_queued_is_not_wrong_yet(
+    world: World, settings: Settings, instance: dg.DagsterInstance
+) -> None:
+    org = world.org()
+    session = world.session(org)
+    now = datetime.now(UTC)
+    _just, queued, _lost = (
+        world.event(session, ts=now - timedelta(minutes=minutes)) for minutes in (1, 30, 31)
+    )
+    world.enqueue(org, "event", queued)
+
+    check = Checks(settings, instance).look(days=2)["no_missing_rows"]
+
+    assert check.metadata["missing_rows"].value == 1
+    assert check.metadata["underway_rows"].value == 2
 
 
 def test_a_check_stays_red_until_every_day_that_it_found_wrong_is_repaired(
@@ -380,7 +401,7 @@ def test_a_session_id_that_is_no_uuid_is_refused_with_the_field(
 
     run = Run(settings, ["fact_tool_call"], remove_orphans=True, session_id=session_id)
 
-    assert "session_id: expected a UUID" in run.error()
+    assert "session_id: expected the UUID of a session" in run.error()
     assert versions(world.connection) == set()
 
 
