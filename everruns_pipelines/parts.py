@@ -23,6 +23,7 @@ from everruns_pipelines.operations.housekeeping import housekeeping, housekeepin
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.automation import (
     materialize_reporting,
+    reporting_healing_sensor,
     reporting_outbox_sensor,
     reporting_schedules,
 )
@@ -54,7 +55,7 @@ def _reporting(settings: Settings) -> dg.Definitions:
         assets=[*source_assets(settings), *fact_assets(settings)],
         asset_checks=fact_checks(settings),
         jobs=[backfill_reporting, project_reporting, materialize_reporting, check_reporting],
-        sensors=[reporting_outbox_sensor],
+        sensors=[reporting_outbox_sensor, reporting_healing_sensor],
         schedules=reporting_schedules(settings),
     )
 

@@ -247,9 +247,30 @@ class Settings(BaseModel):
         pattern=rf"^{_TIME}$",
         description="a UTC time of day, HH:MM",
     )
+    linger_seconds: int = Field(
+        600,
+        alias="EVERRUNS_LINGER_SECONDS",
+        ge=0,
+        le=3600,
+        description="a whole number of seconds from 0 to 3600",
+    )
+    heal_seconds: int = Field(
+        300,
+        alias="EVERRUNS_HEAL_SECONDS",
+        ge=60,
+        le=86400,
+        description="a whole number of seconds from 60 to 86400",
+    )
     outbox_keep_days: int = Field(
         14,
         alias="EVERRUNS_OUTBOX_KEEP_DAYS",
+        ge=1,
+        le=3650,
+        description="a whole number of days from 1 to 3650",
+    )
+    max_partitions_per_run: int | None = Field(
+        None,
+        alias="EVERRUNS_MAX_PARTITIONS_PER_RUN",
         ge=1,
         le=3650,
         description="a whole number of days from 1 to 3650",

@@ -46,6 +46,20 @@ def test_loading_the_definitions_loads_no_driver_and_no_engine() -> None:
     assert told.stdout.strip() == "[]"
 
 
+def test_a_backfill_is_one_run_unless_it_is_to_be_cut() -> None:
+    cut = Settings.from_environment({"EVERRUNS_MAX_PARTITIONS_PER_RUN": "30"})
+    for settings, most in ((Settings.from_environment({}), None), (cut, 30)):
+        partitioned = [
+            asset
+            for asset in build_definitions(settings).resolve_asset_graph().asset_nodes
+            if asset.is_materializable and asset.partitions_def is not None
+        ]
+        assert len(partitioned) == 7
+        for asset in partitioned:
+            assert asset.backfill_policy is not None
+            assert asset.backfill_policy.max_partitions_per_run == most
+
+
 def test_every_column_of_an_asset_is_described() -> None:
     for spec in _definitions().resolve_all_asset_specs():
         assert spec.description, spec.key

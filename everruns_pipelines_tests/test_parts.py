@@ -32,7 +32,7 @@ AWAY = "postgresql://nobody@127.0.0.1:1/nowhere"
 REBUILD = ("--organization", "acme", "--workspace", "red", "--project", "webapp")
 OF_THE_OTHER = {
     "reporting": (("rebuild", *REBUILD, "--session-id", SESSION),),
-    "items": (("backfill",), ("project",)),
+    "items": (("backfill",), ("project",), ("erase", "--session-id", SESSION)),
 }
 
 
@@ -72,6 +72,7 @@ def environment(
         },
     }
     environment = {"EVERRUNS_PARTS": part, "EVERRUNS_HOME": str(home), **named[part]}
+    environment["EVERRUNS_ALERT_URLS"] = "json://127.0.0.1:1"
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DAGSTER_HOME", "")

@@ -111,6 +111,11 @@ WRONG = {
     ),
     ("EVERRUNS_OUTBOX_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
     ("EVERRUNS_RUNS_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
+    ("EVERRUNS_MAX_PARTITIONS_PER_RUN", "a whole number of days from 1 to 3650"): (
+        "secret",
+        "0",
+        "3651",
+    ),
 }
 
 

@@ -28,5 +28,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
     """What every command that launches a job has: `--verbose`, `--url`."""
-    parser.add_argument("--verbose", action="store_true", help="tell all that was counted")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every count, not only those of the API"
+    )
     parser.add_argument("--url", help="run it in the deployment at http://host:port, not here")

@@ -7,17 +7,23 @@ from everruns_pipelines.commands.arguments import add_dry_run, add_launch, add_o
 from everruns_pipelines.commands.launch import refuse_early, run_job
 from everruns_pipelines.settings import Settings
 
-HELP = "enqueue what is missing or stale, and project it"
+HELP = "find sources whose facts are missing or stale, enqueue and project them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `backfill` takes."""
-    parser.add_argument("--limit", type=number, default=1000, help="1 to 10000, default 1000")
+    parser.add_argument(
+        "--limit",
+        type=number,
+        default=1000,
+        help="the most sources to enqueue: 1 to 10000, default 1000",
+    )
     add_org_id(parser)
     parser.add_argument(
         "--source-type",
         action="append",
         dest="source_types",
+        metavar="TYPE",
         help="event, session, llm_generation or usage_ledger; repeatable; all if not given",
     )
     add_dry_run(parser)

@@ -4,7 +4,7 @@ import argparse
 
 from everruns_pipelines.settings import Settings
 
-HELP = "the main job end to end on embedded databases, with sample data"
+HELP = "show the main job on embedded databases, with sample data"
 
 
 def add_arguments(_: argparse.ArgumentParser) -> None:

@@ -68,7 +68,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
             log_level="WARNING",
         )
     _show(console, connection, first, last, "After the backfill")
-    with _step(console, "The same job again: 0 enqueued is a promise"):
+    with _step(console, "The same job again: there is nothing left to enqueue"):
         again = run_job(
             settings,
             "backfill_reporting",
@@ -93,7 +93,7 @@ def _items(settings: Settings, connection: Connection, console: Console) -> None
             counts = _rebuild(settings, session)
         console.print(f"  {json.dumps(counts)}")
     _show_items(console, connection, "Items after: triage untouched, titles as reported")
-    with _step(console, "The same job again: everything unchanged is a promise"):
+    with _step(console, "The same job again: there is nothing left to change"):
         again = _rebuild(settings, TRIAGED_SESSION)
     console.print(f"  {json.dumps(again)}", soft_wrap=True)
     console.print("\nThe result of that rebuild, as the API answers it:")

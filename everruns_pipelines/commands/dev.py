@@ -2,20 +2,148 @@
 
 import argparse
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime
 
 from everruns_pipelines.commands.arguments import number
+from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.errors import FieldError, Refusal, RunFailure
 from everruns_pipelines.settings import Settings
 
 HELP = "start Dagster's UI and daemon on this machine"
 
+_LARGEST_PORT = 65535
+# Held in Dagster's storage: a second daemon would launch every scheduled run twice.
+_DAEMON_LOCK = 0x6576_7270_6461_656D
+# A daemon tells every 30 s that it lives.
+_HEARTBEAT_SECONDS = 45
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `dev` takes."""
-    parser.add_argument("--port", type=number, default=3000, help="port on 127.0.0.1, default 3000")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind, default 127.0.0.1")
+    parser.add_argument("--port", type=number, default=3000, help="port to bind, default 3000")
 
 
-def run(options: argparse.Namespace, _: Settings) -> None:
-    """Take this process over: signals reach Dagster, which ends its own children."""
-    command = ["-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(options.port)]
-    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606, no shell is wanted
+def run(options: argparse.Namespace, settings: Settings) -> None:
+    """Start both, and end them at the first signal.
+
+    Raises:
+        Refusal: the port cannot be bound, or another daemon works on the same storage.
+        RunFailure: Dagster ended by itself.
+    """
+    from everruns_pipelines.orchestration.home import dagster_home
+
+    _refuse_port(options.host, options.port)
+    home = dagster_home(settings)
+    with _only_daemon(settings):
+        status = _run_dagster(
+            ["--host", options.host, "--port", str(options.port)],
+            cwd=str(home),
+            env={
+                **os.environ,
+                "DAGSTER_HOME": str(home),
+                "EVERRUNS_HOME": str(settings.home.absolute()),
+            },
+        )
+    if status:
+        raise RunFailure(f"Dagster ended with status {status}")
+
+
+def _run_dagster(arguments: list[str], *, cwd: str, env: dict[str, str]) -> int:
+    """Run `dagster dev` until it ends; what it ended with.
+
+    Started in the background by a shell, this process ignores SIGINT, and Dagster would ignore both
+    signals: so both are set here, and passed on as the one that Dagster heeds.
+    """
+
+    def interrupt(*_: object) -> None:
+        dagster.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the child
+    dagster = subprocess.Popen(
+        [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", *arguments],
+        cwd=cwd,
+        env=env,
+        start_new_session=True,  # a terminal would interrupt it once more
+    )
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, interrupt)
+    return dagster.wait()
+
+
+def _refuse_port(host: str, port: int) -> None:
+    expected = f"a free port from 1 to {_LARGEST_PORT}"
+    if 1 <= port <= _LARGEST_PORT:
+        try:
+            with socket.create_server((host, port)):
+                return
+        except OSError as error:
+            found = f"{host}:{port}: {error.strerror}"
+    else:
+        found = str(port)
+    raise Refusal(
+        f"port: expected {expected}, got {found}", errors=(FieldError(("port",), expected),)
+    )
+
+
+@contextmanager
+def _only_daemon(settings: Settings) -> Generator[None]:
+    """Be the one daemon of Dagster's storage.
+
+    Raises:
+        Refusal: there is one already.
+    """
+    import psycopg
+
+    from everruns_pipelines.dagster_storage import storage_url
+
+    with psycopg.connect(storage_url(settings), autocommit=True) as connection:
+        row = connection.execute("SELECT pg_try_advisory_lock(%s)", [_DAEMON_LOCK]).fetchone()
+        if row != (True,) or _beats(connection):
+            raise Refusal(
+                "Another daemon works on the same storage of Dagster: two would launch every run "
+                "twice. Stop it, or set EVERRUNS_HOME or EVERRUNS_DAGSTER_POSTGRES_URL to another",
+                code="locked",
+                status=409,
+            )
+        yield
+        if not connection.closed:
+            # So that the next one need not wait to see whether this one lives.
+            connection.execute("DELETE FROM daemon_heartbeats")
+
+
+def _beats(connection: Connection) -> bool:
+    """Does a daemon live that `dev` has not started? One that was killed looks alike for as long as
+    its last heartbeat is young: the next one tells.
+    """
+    first = _last_heartbeat(connection)
+    if first is not None:
+        sys.stderr.write("everruns-pipelines: looking whether another daemon is alive\n")
+    while (last := _last_heartbeat(connection)) is not None:
+        if last != first:
+            return True
+        _pause()
+    return False
+
+
+def _pause() -> None:
+    time.sleep(1)
+
+
+def _last_heartbeat(connection: Connection) -> datetime | None:
+    """When a daemon last told that it lives; None if that is long ago."""
+    if connection.execute("SELECT to_regclass('daemon_heartbeats')").fetchone() == (None,):
+        return None
+    row = connection.execute(
+        "SELECT max(timestamp) FROM daemon_heartbeats"
+        " WHERE timestamp > now() AT TIME ZONE 'UTC' - make_interval(secs => %s)",
+        [_HEARTBEAT_SECONDS],
+    ).fetchone()
+    return None if row is None else row[0]

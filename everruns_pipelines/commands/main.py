@@ -27,6 +27,7 @@ from everruns_pipelines.commands import (
     rebuild,
     serve,
     token,
+    unpark,
     url,
 )
 from everruns_pipelines.errors import FieldError, Refusal, RunFailure, SettingsError
@@ -43,16 +44,18 @@ _COMMANDS = (
     backfill,
     project,
     rebuild,
-    erase,
     check,
     diagnose,
-    alert_test,
+    unpark,
+    erase,
     url,
+    alert_test,
 )
 
 _PART_OF: Mapping[str, Part] = {
     "backfill": "reporting",
     "project": "reporting",
+    "unpark": "reporting",
     "erase": "reporting",
     "rebuild": "items",
 }

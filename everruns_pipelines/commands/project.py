@@ -7,13 +7,17 @@ from everruns_pipelines.commands.arguments import add_launch, add_org_id, number
 from everruns_pipelines.commands.launch import refuse_early, run_job
 from everruns_pipelines.settings import Settings
 
-HELP = "project what is due in the outbox"
+HELP = "make the facts that due rows of the outbox ask for"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `project` takes."""
     add_org_id(parser)
-    parser.add_argument("--max-rows", type=number, help="until nothing is due if not given")
+    parser.add_argument(
+        "--max-rows",
+        type=number,
+        help="the most outbox rows to take; all that are due if not given",
+    )
     add_launch(parser)
 
 

@@ -7,7 +7,7 @@ from everruns_pipelines.commands.arguments import add_dry_run, add_launch
 from everruns_pipelines.commands.launch import run_job
 from everruns_pipelines.settings import Settings
 
-HELP = "bring items back to what their spans say"
+HELP = "rebuild the items of a session, or of runs, from their spans"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-id",
         action="append",
         dest="run_ids",
+        metavar="RUN_ID",
         help="a run id, or a trace id as 32 hex digits; repeatable",
     )
     add_dry_run(parser)

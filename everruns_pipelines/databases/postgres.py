@@ -311,16 +311,24 @@ def _locked(what: str, holder: str, seconds: str) -> Refusal:
 
 
 @contextmanager
-def transaction(connection: Connection, *, work_mem: str | None = None) -> Generator[None]:
+def transaction(
+    connection: Connection, *, work_mem: str | None = None, one_snapshot: bool = False
+) -> Generator[None]:
     """One transaction: all of it or nothing.
 
     Args:
         work_mem: memory for each sort or hash of this transaction, in PostgreSQL's units ("64MB").
+        one_snapshot: all of its statements see the same state, unless it is part of another
+            transaction.
     """
-    with connection.transaction():
-        if work_mem is not None:
-            from psycopg import sql
+    from psycopg import sql
+    from psycopg.pq import TransactionStatus
 
+    is_outermost = connection.info.transaction_status == TransactionStatus.IDLE
+    with connection.transaction():
+        if one_snapshot and is_outermost:
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        if work_mem is not None:
             setting: Any = sql.SQL("SET LOCAL work_mem = {}").format(sql.Literal(work_mem))
             connection.execute(setting)
         yield

@@ -25,7 +25,7 @@ from everruns_pipelines.orchestration.checks import (
     days_to_check,
 )
 from everruns_pipelines.orchestration.failures import told_plainly, try_again
-from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
+from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
@@ -123,7 +123,7 @@ def item_assets(settings: Settings) -> ItemAssets:
         owners=["team:everruns"],
         deps=[asset_key(settings, SPANS)],
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=backfill_policy(settings),
         code_version=_version(),
         # A rebuild reads one and writes the other; of ClickHouse there is less to go round.
         pool="clickhouse",

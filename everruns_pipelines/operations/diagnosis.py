@@ -225,7 +225,7 @@ class Diagnosis:
 
 
 def diagnose(databases: Databases, days: int, log: Log) -> Diagnosis:
-    """Look at the outbox, and compare the last `days` days, the running one included.
+    """Look at the outbox, and compare the last `days` days, up to and with today.
 
     Raises:
         Refusal: `days` is out of range, or the database cannot be worked on.

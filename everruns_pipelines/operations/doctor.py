@@ -20,6 +20,7 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items import database as items_database
 from everruns_pipelines.items.objects import ObjectStore
 from everruns_pipelines.items.span_table import SpanTable
+from everruns_pipelines.operations.alerts import receivers
 from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Part, Settings
 
@@ -58,6 +59,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         for name, question in questions.items():
             yield _answer(name, question, settings)
     yield _answer("Dagster's storage", _dagster_storage, settings)
+    yield _answer("alerts", _alerts, settings)
 
 
 def _answer(name: str, question: Callable[[Settings], str], settings: Settings) -> Finding:
@@ -133,6 +135,13 @@ def _event_index(settings: Settings) -> str:
                 "run `everruns-pipelines init --indexes`"
             )
     return "the days of events are found by index"
+
+
+def _alerts(settings: Settings) -> str:
+    number = len(receivers(settings))
+    if not number:
+        return "EVERRUNS_ALERT_URLS is not set: nobody is told of problems"
+    return f"{number} receivers are told of problems; `everruns-pipelines alert-test` tries them"
 
 
 def _dagster_storage(settings: Settings) -> str:

@@ -20,6 +20,12 @@ def day_partitions(settings: Settings) -> dg.DailyPartitionsDefinition:
     )
 
 
+def backfill_policy(settings: Settings) -> dg.BackfillPolicy:
+    """How Dagster's backfill of many days is cut into runs: one run by default."""
+    most = settings.max_partitions_per_run
+    return dg.BackfillPolicy.single_run() if most is None else dg.BackfillPolicy.multi_run(most)
+
+
 def day_range_tags(settings: Settings, last: date, days: int) -> Mapping[str, str]:
     """Tags that make a run cover the `days` partitions up to and with `last`, all in one run."""
     first = max(settings.reporting_start, last - timedelta(days=days - 1))

@@ -32,6 +32,12 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
     reporting_max_attempts: int = Field(
         description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many an outbox row is parked."
     )
+    linger_seconds: int = Field(
+        description="EVERRUNS_LINGER_SECONDS: how long a run of the outbox sensor stays for more."
+    )
+    heal_seconds: int = Field(
+        description="EVERRUNS_HEAL_SECONDS: how often all history is looked at for what is missing."
+    )
     outbox_keep_days: int = Field(
         description="EVERRUNS_OUTBOX_KEEP_DAYS: how long completed outbox rows are kept."
     )

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 import dagster as dg
@@ -97,3 +97,15 @@ class BackOff:
     def again(self, now: float) -> "BackOff":
         """One more failure, and a longer pause."""
         return BackOff(self.failures + 1, now + pause_after(self.failures + 1))
+
+    def obstacle(self, now: float) -> str | None:
+        """Why not to try now."""
+        if now >= self.until:
+            return None
+        times = f"The database was away {self.failures} times in a row"
+        return f"{times}: trying again at {clock(self.until)}"
+
+
+def clock(seconds: float) -> str:
+    """A time in seconds since the epoch, for people."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%F %T} UTC"

@@ -24,7 +24,7 @@ from everruns_pipelines.orchestration.checks import (
     days_to_check,
 )
 from everruns_pipelines.orchestration.failures import told_plainly
-from everruns_pipelines.orchestration.partitions import day_partitions, days_of_run
+from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
@@ -88,7 +88,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         owners=OWNERS,
         deps=[asset_key(settings, source.table) for source in fact.sources],
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=backfill_policy(settings),
         code_version=fact.version,
         pool="postgres",
         freshness_policy=dg.FreshnessPolicy.time_window(

@@ -1,43 +1,52 @@
-"""What reporting does by itself: the sensor that drains the outbox, and the schedules of the facts.
+"""What reporting does by itself: sensors that drain the outbox and heal, schedules of the facts.
 
 Nothing is computed here. See https://docs.dagster.io/guides/automate/sensors and
 https://docs.dagster.io/guides/automate/schedules.
 """
 
+import json
 import time
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import dagster as dg
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
-from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.ticks import (
+    TICK_SECONDS,
+    UNFINISHED,
+    Away,
+    asked,
+    pause_after_failed_runs,
+)
 from everruns_pipelines.orchestration.timetable import (
     BackOff,
+    clock,
     day_schedules,
     hourly_schedule,
-    pause_after,
 )
-from everruns_pipelines.reporting.jobs import DRAINS, check_reporting, project_reporting
+from everruns_pipelines.reporting.jobs import (
+    DRAINS,
+    backfill_reporting,
+    check_reporting,
+    project_reporting,
+)
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.watch import Due
 
 SENSOR = "reporting_outbox_sensor"
+HEALING_SENSOR = "reporting_healing_sensor"
 
-_UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 # A run whose process was killed is unfinished for as long as nobody notices. Projectors do not
 # disturb each other, so another beside a run that has been at work for this long is safe.
 _AT_WORK = timedelta(hours=1)
-# Enough to know how long to wait: by then the pause is at its longest.
-_RUNS_LOOKED_AT = 8
+# As many as one backfill enqueues. The next one follows once these are projected.
+_HEALED_AT_ONCE = 10_000
+# Looking takes at most a tenth of the time.
+_PAUSES_PER_LOOK = 9
 
 materialize_reporting = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "materialize_reporting",
@@ -61,34 +70,118 @@ def reporting_outbox_sensor(
     context: dg.SensorEvaluationContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> dg.SensorResult:
     """Look what is due; launch unless somebody is at it already."""
-    import psycopg
-
     from everruns_pipelines.reporting.watch import find_due
 
     now = time.time()
     back_off = BackOff.read(context.cursor)
-    if now < back_off.until:
-        return _skipped(
-            f"The database was away {back_off.failures} times in a row: "
-            f"trying again at {_clock(back_off.until)}",
-            back_off,
-        )
+    if obstacle := back_off.obstacle(now):
+        return _skipped(obstacle, back_off)
     try:
-        with everruns_postgres.connect() as connection:
+        with asked(), everruns_postgres.connect(within=TICK_SECONDS) as connection:
             due = find_due(connection)
-    except Refusal as refusal:
-        return _skipped(refusal.detail, back_off.again(now))
-    except psycopg.Error as error:
-        # The server's message alone: its details quote rows.
-        message = error.diag.message_primary or type(error).__name__
-        return _skipped(f"The outbox cannot be read: {message}", back_off.again(now))
+    except Away as away:
+        return _skipped(str(away), back_off.again(now))
     if not due.anything:
         return _skipped(f"Nothing is due. {_next(due)}")
-    obstacle = _run_at_work(context.instance) or _pause_after_failures(context.instance, now)
+    obstacle = _run_at_work(context.instance, DRAINS) or pause_after_failed_runs(
+        context.instance, SENSOR, now
+    )
     if obstacle:
         return _skipped(f"{_seen(due)}. {obstacle}")
     context.log.info(_seen(due))
-    return dg.SensorResult([dg.RunRequest()], cursor=BackOff().write())
+    linger = {"linger_seconds": everruns_postgres.settings.linger_seconds}
+    request = dg.RunRequest(run_config={"ops": {"project": {"config": linger}}})
+    return dg.SensorResult([request], cursor=BackOff().write())
+
+
+@dataclass(frozen=True)
+class _Healing:
+    """What the healing sensor remembers.
+
+    Args:
+        next_look: when to look again, in seconds since the epoch.
+        by_run: the last look took longer than a tick may: a run was launched to look.
+    """
+
+    next_look: float = 0.0
+    by_run: bool = False
+    back_off: BackOff = field(default_factory=BackOff)
+
+    @classmethod
+    def read(cls, cursor: str | None) -> Self:
+        """What the cursor says; nothing if it is empty, or of another version of ours."""
+        try:
+            kept = json.loads(cursor or "{}")
+            back_off = BackOff(**kept.pop("back_off", {}))
+            return cls(**kept, back_off=back_off)
+        except (AttributeError, TypeError, ValueError):
+            return cls()
+
+    def skipped(self, reason: str) -> dg.SensorResult:
+        return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(self)))
+
+    def launched(self) -> dg.SensorResult:
+        limit = {"limit": _HEALED_AT_ONCE}
+        request = dg.RunRequest(run_config={"ops": {"enqueue": {"config": limit}}})
+        return dg.SensorResult([request], cursor=json.dumps(asdict(self)))
+
+
+@dg.sensor(  # pyright: ignore[reportUnknownMemberType]
+    name=HEALING_SENSOR,
+    job=backfill_reporting,
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Looks at all history every EVERRUNS_HEAL_SECONDS (300), and launches "
+    "backfill_reporting where a fact is missing or stale. Where looking takes longer than a tick "
+    "may, the run looks. Looking takes at most a tenth of the time.",
+)
+def reporting_healing_sensor(
+    context: dg.SensorEvaluationContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
+) -> dg.SensorResult:
+    """Look what is missing or stale, whatever its age; launch if anything is."""
+    from everruns_pipelines.reporting.backfill import look
+    from everruns_pipelines.reporting.database import prepare
+
+    now = time.time()
+    memory = _Healing.read(context.cursor)
+    interval = everruns_postgres.settings.heal_seconds
+    if obstacle := memory.back_off.obstacle(now):
+        return memory.skipped(obstacle)
+    obstacle = _run_at_work(
+        context.instance, {"dagster/sensor_name": HEALING_SENSOR}
+    ) or pause_after_failed_runs(context.instance, HEALING_SENSOR, now)
+    if obstacle:
+        return memory.skipped(obstacle)
+    if memory.by_run:
+        memory = replace(memory, next_look=_after_last_run(context.instance, interval))
+    if now < memory.next_look:
+        return memory.skipped(f"The next look is at {clock(memory.next_look)}")
+    try:
+        with asked(), everruns_postgres.connect(within=TICK_SECONDS) as connection:
+            prepare(connection)
+            began = time.monotonic()
+            found = look(connection)
+            seconds = time.monotonic() - began
+    except Away as away:
+        if not away.is_late:
+            return replace(memory, back_off=memory.back_off.again(now)).skipped(str(away))
+        context.log.info(f"Looking takes longer than {TICK_SECONDS:g} s: a run looks")
+        return _Healing(by_run=True).launched()
+    wanting = sum(missing.sources for missing in found.values())
+    pause = _PAUSES_PER_LOOK * seconds
+    if wanting < _HEALED_AT_ONCE:
+        pause = max(pause, interval)
+    memory = _Healing(next_look=now + pause)
+    if not wanting:
+        return memory.skipped(
+            f"Nothing is missing or stale, as a look of {seconds:.2f} s has found; "
+            f"the next is at {clock(memory.next_look)}"
+        )
+    counts = ", ".join(
+        f"{missing.sources} of {source_type}" for source_type, missing in found.items()
+    )
+    context.log.info(f"Missing or stale, by source: {counts}")
+    return memory.launched()
 
 
 def reporting_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
@@ -125,11 +218,11 @@ def _count(number: int) -> str:
     return f"at least {number}" if number == MOST_COUNTED else str(number)
 
 
-def _run_at_work(instance: dg.DagsterInstance) -> str | None:
-    """Who projects all organizations already. Runs of one organization do not stand in the way."""
+def _run_at_work(instance: dg.DagsterInstance, tags: dict[str, str]) -> str | None:
+    """Which run of all organizations is at it already. Those of one do not stand in the way."""
     since = datetime.now(UTC) - _AT_WORK
     runs = instance.get_runs(
-        dg.RunsFilter(tags=DRAINS, statuses=_UNFINISHED, created_after=since), limit=100
+        dg.RunsFilter(tags=tags, statuses=UNFINISHED, created_after=since), limit=100
     )
     for run in runs:
         ops = cast("dict[str, Any]", run.run_config.get("ops", {}))
@@ -138,23 +231,13 @@ def _run_at_work(instance: dg.DagsterInstance) -> str | None:
     return None
 
 
-def _pause_after_failures(instance: dg.DagsterInstance, now: float) -> str | None:
-    """Why to wait, if the last runs that this sensor launched have failed."""
+def _after_last_run(instance: dg.DagsterInstance, interval: float) -> float:
+    """When to look again after the run that looked last, in seconds since the epoch."""
     records = instance.get_run_records(
-        dg.RunsFilter(tags={"dagster/sensor_name": SENSOR}), limit=_RUNS_LOOKED_AT
+        dg.RunsFilter(tags={"dagster/sensor_name": HEALING_SENSOR}), limit=1
     )
-    failures = 0
     for record in records:
-        if record.dagster_run.status != dg.DagsterRunStatus.FAILURE:
-            break
-        failures += 1
-    if not failures:
-        return None
-    until = (records[0].end_time or now) + pause_after(failures)
-    if now >= until:
-        return None
-    return f"The last {failures} runs failed: launching again at {_clock(until)}"
-
-
-def _clock(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%F %T} UTC"
+        if record.start_time is not None and record.end_time is not None:
+            seconds = record.end_time - record.start_time
+            return record.end_time + max(interval, _PAUSES_PER_LOOK * seconds)
+    return 0.0

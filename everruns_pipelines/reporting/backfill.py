@@ -1,4 +1,5 @@
-"""Enqueues the sources whose facts are missing or stale: exactly those, fairly, up to a limit.
+"""Enqueues the sources whose facts are missing or stale: exactly those, up to a limit that
+source types share: they take turns, and of each the oldest go first.
 
 What is missing is computed from the tables as they stand; nothing that was found right earlier is
 taken for granted. See docs/backfill.md for why that is cheap.
@@ -111,7 +112,7 @@ def look(
 
     Enqueues nothing. Digests are kept, so that the next look is cheap: see docs/backfill.md.
     """
-    with transaction(connection, work_mem=_WORK_MEM):
+    with transaction(connection, work_mem=_WORK_MEM, one_snapshot=True):
         find_missing(connection, sources, org_id)
         _choose(connection, None)
         found = connection.execute(_SQL["look"]).fetchall()
@@ -127,15 +128,22 @@ def _enqueue_once(
     limit: int,
     lock_wait_seconds: float,
 ) -> tuple[Counter[str], Counter[str]]:
-    """Choose what is missing, and enqueue it; how many of each type."""
-    with transaction(connection, work_mem=_WORK_MEM):
-        if request.org_id is None and not request.dry_run:
+    """Choose what is missing, and enqueue it; how many of each type.
+
+    Nobody is kept out while we search. What others have enqueued since, the platform's own backfill
+    or another one of ours, is known by its outbox row: it is another one than our snapshot shows.
+    """
+    with transaction(connection, work_mem=_WORK_MEM, one_snapshot=True):
+        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
+        chosen = _choose(connection, limit)
+    if request.dry_run:
+        return chosen, chosen
+    with transaction(connection):
+        if request.org_id is None:
             # Keeps the platform's own backfills out.
             what = "Another backfill or repair of all organizations is running"
             wait_for_lock(connection, GLOBAL_LOCK, what, lock_wait_seconds)
-        find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
-        chosen = _choose(connection, limit)
-        return chosen, chosen if request.dry_run else _write(connection)
+        return chosen, _write(connection)
 
 
 def check(connection: "Connection | None", request: BackfillRequest) -> None:

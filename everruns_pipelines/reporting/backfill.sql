@@ -4,7 +4,7 @@
 -- Up to `limit` of the missing sources that do not wait in the outbox already, or all of them: the
 -- oldest of each type, the first of every type before the second of any, so that each type gets its
 -- fair share of the limit or all that it misses.
-CREATE TEMPORARY TABLE chosen ON COMMIT DROP AS
+CREATE TEMPORARY TABLE chosen AS
 WITH changed_sessions AS (
     -- The version of a session is the time of its last change.
     SELECT
@@ -31,11 +31,13 @@ queueable_sessions AS (
         session.*,
         CASE WHEN newest.status = 'completed' THEN newest.source_version ELSE version END
             AS source_version,
-        CASE WHEN newest.status = 'completed' THEN newest.id END AS outbox_id
+        CASE WHEN newest.status = 'completed' THEN newest.id END AS outbox_id,
+        newest.row_version
     FROM changed_sessions AS session
     LEFT JOIN LATERAL (
         SELECT
             outbox.*,
+            outbox.xmin AS row_version,
             CASE
                 WHEN pg_input_is_valid(outbox.source_version, 'timestamptz')
                     THEN outbox.source_version::timestamptz
@@ -57,11 +59,12 @@ queueable_sessions AS (
             AND coalesce(newest.version_time, newest.updated_at) < session.updated_at
 ),
 queueable AS (
-    SELECT source_type, reason, org_id, source_id, at, updated_at AS since, source_version, outbox_id
+    SELECT source_type, reason, org_id, source_id, at, updated_at AS since, source_version, outbox_id,
+        row_version
     FROM queueable_sessions
     UNION ALL
     -- Everything else has one version, its id.
-    SELECT missing.*, missing.at, missing.source_id, outbox.id
+    SELECT missing.*, missing.at, missing.source_id, outbox.id, outbox.xmin
     FROM pg_temp.missing
     LEFT JOIN reporting_outbox AS outbox
         ON outbox.org_id = missing.org_id
@@ -103,7 +106,8 @@ FROM pg_temp.chosen
 GROUP BY source_type
 
 -- name: enqueue
--- Whatever others have enqueued meanwhile stays as it is and is not counted. Rows are written in the
+-- Whatever others have enqueued since it was looked up stays as it is and is not counted, even if
+-- it has been completed again: its facts are there. Rows are written in the
 -- order of `chosen`, which two backfills share, so that they seldom deadlock (then one is done
 -- again). A row that was completed begins anew: attempts that succeeded do not count towards
 -- parking it.
@@ -111,7 +115,9 @@ WITH renewed AS (
     UPDATE reporting_outbox AS outbox
     SET status = 'pending', attempts = 0, next_attempt_at = now(), updated_at = now()
     FROM pg_temp.chosen
-    WHERE outbox.id = outbox_id AND outbox.status = 'completed'
+    WHERE outbox.id = outbox_id
+        AND outbox.xmin = chosen.row_version
+        AND outbox.status = 'completed'
     RETURNING chosen.source_type
 ), added AS (
     INSERT INTO reporting_outbox (org_id, source_type, source_id, source_version, reason)

@@ -5,6 +5,7 @@ it waits for another projector.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -15,6 +16,7 @@ from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.deaths import Deaths
 from everruns_pipelines.reporting.outbox import Outbox
 from everruns_pipelines.reporting.projector import (
     Outcome,
@@ -69,17 +71,38 @@ class Drained:
         }
 
 
-class Batches:
-    """Batches on one connection, each as large as fits into the time that it may take."""
+class Pace:
+    """How many rows a batch takes: as many as fit into the time that it may take."""
 
-    def __init__(self, connection: Connection, outbox: Outbox, largest: int, stop: Event) -> None:
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self.size = min(largest, _FIRST)
+
+    def follow(self, rows: int, seconds: float) -> None:
+        """Learn from a batch of so many rows."""
+        fitting = int(rows * _SECONDS / max(seconds, 0.001))
+        if fitting < self.size or rows >= self.size:
+            self.size = max(1, min(fitting, 2 * self.size, self._largest))
+
+    def slow_down(self) -> None:
+        """Be half as fast at most: the connection was lost, perhaps since a batch took long."""
+        self._largest = max(1, self.size // 2)
+        self.size = min(self._largest, _FIRST)
+
+
+class Batches:
+    """Batches on one connection, one after the other."""
+
+    def __init__(
+        self, connection: Connection, outbox: Outbox, deaths: Deaths, pace: Pace, stop: Event
+    ) -> None:
         self._connection = connection
         self._outbox = outbox
-        self._largest = largest
+        self._deaths = deaths
+        self._pace = pace
         self._stop = stop
         self._awaits_sessions = False
         self._number = 0
-        self.size = min(largest, _FIRST)
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
         """Project up to `size` rows that were due at the cutoff; None if there are none.
@@ -99,7 +122,7 @@ class Batches:
                     raise
                 continue
             if drained is not None:
-                self._adapt(drained.claimed, time.monotonic() - started)
+                self._pace.follow(drained.claimed, time.monotonic() - started)
             self._number += 1
             if self._number.bit_count() == 1:
                 # A plan for a table holds until the table is twice as large: by then, at the
@@ -108,41 +131,57 @@ class Batches:
             return drained
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
+        deaths = self._deaths
+        if deaths.is_cautious and deaths.part is None:
+            with transaction(self._connection):
+                if self._outbox.take(size, cutoff):
+                    deaths.name_batch()
+            deaths.is_cautious = False
+        drained = None
+        if deaths.part is None:
+            drained = self._batch(partial(self._outbox.take, size, cutoff))
+            if drained is None:
+                deaths.choose_part(cutoff, self._outbox.org_id)
+        if drained is None and deaths.part is not None:
+            drained = self._batch(partial(deaths.take_part, size, cutoff, self._outbox.org_id))
+            deaths.part = None
+        return drained
+
+    def _batch(self, take: Callable[[], int]) -> Drained | None:
         connection = self._connection
         with transaction(connection):
             if self._awaits_sessions:
                 # Before any row is taken: so nobody waits for a row while we wait for a projector.
                 lock_sessions(connection)
             connection.execute(_SHORT_WAIT)
-            taken = self._outbox.take(size, cutoff)
-            if not taken:
-                self._awaits_sessions = False
-                return None
-            parts = stage_parts(connection, _SELECTED, {})
-            done = Drained()
-            for source in _ORDER:
-                of_source = [part for part in parts if part.source_type == source.type]
-                if source is SESSION and of_source and not try_lock_sessions(connection):
-                    taken -= self._outbox.leave_sessions()
-                    self._awaits_sessions = True
-                    break
-                for part in of_source:
-                    outcome = project_selection(
-                        connection,
-                        projections_of(source),
-                        part.first,
-                        part.last,
-                        facts=part.facts,
-                    )
-                    self._outbox.note_failures(source, outcome.failures)
-                    done.outcome.add(Outcome(outcome.counts))
-            else:
-                self._awaits_sessions = False
-            finished = self._outbox.finish()
-        done.add(Drained(taken, finished.completed, finished.failed, finished.parked))
-        return done
+            taken = take()
+            drained = self._project_batch(taken) if taken else None
+            if self._deaths.part is not None:
+                self._deaths.acquit()
+        return drained
 
-    def _adapt(self, rows: int, seconds: float) -> None:
-        fitting = int(rows * _SECONDS / max(seconds, 0.001))
-        if fitting < self.size or rows >= self.size:
-            self.size = max(1, min(fitting, 2 * self.size, self._largest))
+    def _project_batch(self, taken: int) -> Drained:
+        parts = stage_parts(self._connection, _SELECTED, {})
+        drained = Drained(taken)
+        self._awaits_sessions = False
+        for source in _ORDER:
+            of_source = [part for part in parts if part.source_type == source.type]
+            if source is SESSION and of_source and not try_lock_sessions(self._connection):
+                drained.claimed -= self._outbox.leave_sessions()
+                self._awaits_sessions = True
+                break
+            for part in of_source:
+                outcome = project_selection(
+                    self._connection,
+                    projections_of(source),
+                    part.first,
+                    part.last,
+                    facts=part.facts,
+                )
+                self._outbox.note_failures(source, outcome.failures)
+                drained.outcome.add(Outcome(outcome.counts))
+        finished = self._outbox.finish()
+        drained.completed = finished.completed
+        drained.failed = finished.failed
+        drained.parked = finished.parked
+        return drained

@@ -35,7 +35,8 @@ _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
 OWN_TABLES = (
     "everruns_pipelines.key_digests",
     "everruns_pipelines.fact_rejections",
-    "everruns_pipelines.outbox_claims",
+    "everruns_pipelines.outbox_projectors",
+    "everruns_pipelines.outbox_suspects",
 )
 
 

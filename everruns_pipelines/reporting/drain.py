@@ -8,12 +8,12 @@ from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.reporting.batch import Batches, Drained
+from everruns_pipelines.reporting.batch import Batches, Drained, Pace
 from everruns_pipelines.reporting.database import require_org
+from everruns_pipelines.reporting.deaths import Deaths
 from everruns_pipelines.reporting.outbox import Outbox
 
 LARGEST_BATCH = 100_000
@@ -22,6 +22,9 @@ LONGEST_LINGER = 3600  # seconds
 _PROJECTORS = 2
 _LOOK_SECONDS = 1
 _STOP_SECONDS = 5
+# Of one drain: enough to find the row that kills among as many as a batch may have.
+_MOST_LOST = 40
+_RECONNECT_SECONDS = 0.2
 
 
 def check(
@@ -84,8 +87,9 @@ def drain(
     Raises:
         psycopg.Error: the database refused or went away. Nothing of the batch at work is done.
     """
-    work = _Work(max_attempts, org_id, batch_size, linger_seconds, _Budget(max_rows), Event())
-    yield from _drain(connection, work)
+    until = time.monotonic() + linger_seconds
+    work = _Work(max_attempts, org_id, batch_size, until, _Budget(max_rows), Event())
+    yield from _drain(connection, work, Pace(batch_size))
 
 
 def drain_in_parallel(
@@ -95,24 +99,27 @@ def drain_in_parallel(
     batch_size: int = 5000,
     max_rows: int | None = None,
     linger_seconds: int = 0,
+    stop: Event | None = None,
 ) -> Generator[Drained]:
     """Drain with several projectors at once, each on a connection of its own; see `drain`.
 
     Most of the time goes into PostgreSQL's indexes, where one connection uses one processor.
     Interrupted or closed in the middle, it stops the projectors: what they are at is cancelled, and
     nothing of it is done.
+
+    Args:
+        stop: once it is set, no further batch begins.
     """
     attempts = postgres.settings.reporting_max_attempts
-    work = _Work(attempts, org_id, batch_size, linger_seconds, _Budget(max_rows), Event())
+    until = time.monotonic() + linger_seconds
+    work = _Work(attempts, org_id, batch_size, until, _Budget(max_rows), stop or Event())
     done: SimpleQueue[Drained | Exception | None] = SimpleQueue()
     connections: list[Connection] = []
 
     def project() -> None:
         try:
-            with postgres.connect() as connection:
-                connections.append(connection)
-                for batch in _drain(connection, work):
-                    done.put(batch)
+            for batch in _drain_reconnecting(postgres, work, connections):
+                done.put(batch)
         except Exception as error:
             work.stop.set()
             done.put(error)
@@ -191,37 +198,62 @@ class _Budget:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the projectors of one drain share."""
+    """What the projectors of one drain share.
+
+    Args:
+        until: when they look for the last time, by the monotonic clock.
+    """
 
     max_attempts: int
     org_id: int | None
     batch_size: int
-    linger_seconds: int
+    until: float
     budget: _Budget
     stop: Event
 
 
-def _drain(connection: Connection, work: _Work) -> Generator[Drained]:
-    until = time.monotonic() + work.linger_seconds
-    try:
-        with Outbox.opened(connection, work.max_attempts, work.org_id) as outbox:
-            batches = Batches(connection, outbox, work.batch_size, work.stop)
-            while True:
-                is_last_look = time.monotonic() >= until
-                yield from _drain_due(outbox, batches, work)
-                if is_last_look or work.budget.is_spent or work.stop.wait(_LOOK_SECONDS):
-                    return
-    except BaseException:
-        if connection.info.transaction_status == TransactionStatus.ACTIVE:
-            # Interrupted within a statement: only its end makes the connection let go.
-            connection.cancel_safe()
-            connection.close()
-        raise
+def _drain_reconnecting(
+    postgres: PostgresDatabase, work: _Work, connections: list[Connection]
+) -> Generator[Drained]:
+    """Drain on a new connection whenever one is lost: what it was working on may be why.
+
+    Raises:
+        Refusal: the server is away.
+        psycopg.Error: the connection was lost too often, or the database refused.
+    """
+    pace = Pace(work.batch_size)
+    for lost in range(_MOST_LOST + 1):
+        with postgres.connect() as connection:
+            connections.append(connection)
+            try:
+                yield from _drain(connection, work, pace)
+            except psycopg.Error as error:
+                is_lost = isinstance(error, psycopg.errors.QueryCanceled) or connection.closed
+                if not is_lost or lost == _MOST_LOST or work.stop.wait(_RECONNECT_SECONDS):
+                    raise
+                pace.slow_down()
+            else:
+                return
 
 
-def _drain_due(outbox: Outbox, batches: Batches, work: _Work) -> Generator[Drained]:
+def _drain(connection: Connection, work: _Work, pace: Pace) -> Generator[Drained]:
+    with (
+        Deaths.watched(connection) as deaths,
+        Outbox.opened(connection, work.max_attempts, work.org_id) as outbox,
+    ):
+        batches = Batches(connection, outbox, deaths, pace, work.stop)
+        while True:
+            is_last_look = time.monotonic() >= work.until
+            if parked := deaths.bury():
+                yield Drained(claimed=parked, failed=parked, parked=parked)
+            yield from _drain_due(outbox, batches, work, pace)
+            if is_last_look or work.budget.is_spent or work.stop.wait(_LOOK_SECONDS):
+                return
+
+
+def _drain_due(outbox: Outbox, batches: Batches, work: _Work, pace: Pace) -> Generator[Drained]:
     cutoff = outbox.cutoff()
-    while not work.stop.is_set() and (size := work.budget.take(batches.size)):
+    while not work.stop.is_set() and (size := work.budget.take(pace.size)):
         batch = batches.project(size, cutoff)
         work.budget.give_back(size - (batch.claimed if batch else 0))
         if batch is None:

@@ -6,8 +6,10 @@ with none of a project that takes our definitions in.
 See https://docs.dagster.io/guides/build/jobs.
 """
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from threading import Event
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 import dagster as dg
@@ -17,6 +19,7 @@ from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import check_job
+from everruns_pipelines.orchestration.code_server import told_when_replaced
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.reporting.catalog import FACTS
@@ -29,6 +32,8 @@ DRAINS = {"everruns/drains": "reporting_outbox"}
 
 # So that telling the progress costs little, however much is due.
 _MOST_COUNTED = 100_000
+_TELL_SECONDS = 2
+_TELL_LINGERING_SECONDS = 120
 
 
 class EnqueueConfig(dg.Config):
@@ -48,12 +53,17 @@ class EnqueueConfig(dg.Config):
 
 
 class ProjectConfig(dg.Config):
-    """What to project of that which is due."""
+    """Which outbox rows to project, and how many. Only rows that are due are taken."""
 
     org_id: int | None = Field(None, description="One organization; null for all of them.")
     batch_size: int = Field(5000, description="Outbox rows per transaction: 1 to 100000.")
     max_rows: int | None = Field(
         None, description="The most outbox rows to project; null until nothing is due."
+    )
+    linger_seconds: int = Field(
+        0,
+        description="How long to stay for rows that become due meanwhile, looking every second: "
+        "0 to 3600. With 0 it projects what was due when it began.",
     )
 
 
@@ -70,7 +80,9 @@ def enqueue_op(
     config: EnqueueConfig,
     everruns_postgres: dg.ResourceParam[PostgresDatabase],
 ) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
-    """Enqueue the sources whose facts are missing or stale, fairly, up to the limit."""
+    """Enqueue sources whose facts are missing or stale, up to the limit. Source types take turns,
+    so that none waits for another; of each the oldest go first.
+    """
     from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
     from everruns_pipelines.reporting.backfill import check as check_request
     from everruns_pipelines.reporting.database import check_platform, prepare
@@ -96,7 +108,8 @@ def enqueue_op(
     name="everruns_project",
     ins={"after": dg.In(dg.Nothing)},
     out=dg.Out(dict[str, int], io_manager_key="everruns_io_manager"),
-    pool="postgres",
+    # Not the pool of who works on PostgreSQL for a while and ends: this one may linger.
+    pool="outbox",
 )
 def project_op(
     context: dg.OpExecutionContext,
@@ -118,25 +131,65 @@ def project_op(
             org_id=config.org_id,
             batch_size=config.batch_size,
             max_rows=config.max_rows,
+            linger_seconds=config.linger_seconds,
         )
         prepare(connection)
         drained = Drained()
+        stop = Event()
+        batches = drain_in_parallel(
+            everruns_postgres,
+            org_id=config.org_id,
+            batch_size=config.batch_size,
+            max_rows=config.max_rows,
+            linger_seconds=config.linger_seconds,
+            stop=stop,
+        )
         try:
-            with closing(
-                drain_in_parallel(
-                    everruns_postgres,
-                    org_id=config.org_id,
-                    batch_size=config.batch_size,
-                    max_rows=config.max_rows,
-                )
-            ) as batches:
-                for batch in batches:
-                    drained.add(batch)
-                    context.log.info(_progress(connection, config, drained))
+            with (
+                told_when_replaced(context.run, stop),
+                _ended_with_its_machine(context, config),
+                closing(batches),
+            ):
+                _follow(context, config, connection, drained, batches)
         finally:
             _report(context, everruns_postgres, drained)
     context.add_output_metadata(drained.result())
     return drained.result()
+
+
+def _follow(
+    context: dg.OpExecutionContext,
+    config: ProjectConfig,
+    connection: Connection,
+    drained: "Drained",
+    batches: "Iterable[Drained]",
+) -> None:
+    """Add up what the batches do, and tell it now and then: each line is kept for a month."""
+    pause = _TELL_LINGERING_SECONDS if config.linger_seconds else _TELL_SECONDS
+    told_at, told = 0.0, 0
+    for batch in batches:
+        drained.add(batch)
+        if monotonic() >= told_at + pause:
+            context.log.info(_progress(connection, config, drained))
+            told_at, told = monotonic(), drained.claimed
+    if drained.claimed > told:
+        context.log.info(_progress(connection, config, drained))
+
+
+@contextmanager
+def _ended_with_its_machine(
+    context: dg.OpExecutionContext, config: ProjectConfig
+) -> Generator[None]:
+    """A run that lingers ends in order when its process is told to, unless somebody has terminated
+    it: what it has left is still due.
+    """
+    try:
+        yield
+    except dg.DagsterExecutionInterruptedError:
+        run = context.instance.get_run_by_id(context.run_id)
+        is_terminated = run is None or run.status == dg.DagsterRunStatus.CANCELING
+        if not config.linger_seconds or is_terminated:
+            raise
 
 
 def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
@@ -147,7 +200,7 @@ def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
 
 
 def _progress(connection: Connection, config: ProjectConfig, drained: "Drained") -> str:
-    """What is done, and how much of what this run may claim is due."""
+    """What is done, and how much of what this run may claim is due, at work or not."""
     allowed = _MOST_COUNTED if config.max_rows is None else config.max_rows - drained.claimed
     row = connection.execute(
         "SELECT count(*) FROM (SELECT FROM reporting_outbox"

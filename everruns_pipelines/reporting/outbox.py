@@ -14,7 +14,9 @@ from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
+from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import SOURCES, Source
+from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.projector import Failure
 
 _PURGE_SIZE = 10_000
@@ -127,6 +129,48 @@ class Outbox:
 
     def _execute(self, name: str, **parameters: Any) -> Any:
         return self.connection.execute(_SQL[name], parameters, prepare=True)
+
+
+def check_source_type(source_type: str | None) -> None:
+    """Refuse a source type that does not exist.
+
+    Raises:
+        Refusal: it does not.
+    """
+    allowed = ", ".join(source.type for source in SOURCES)
+    if source_type is not None and source_type not in [source.type for source in SOURCES]:
+        raise Refusal(
+            f"source_type: expected one of {allowed}, got {source_type!r:.60}",
+            errors=(FieldError(("source_type",), f"one of {allowed}"),),
+        )
+
+
+def unpark(
+    connection: Connection, org_id: int | None, source_type: str | None, *, dry_run: bool
+) -> dict[str, int]:
+    """Make parked rows due for another attempt.
+
+    Args:
+        org_id: of one organization; None for all.
+        source_type: of one source type; None for all.
+        dry_run: count only.
+
+    Returns:
+        How many, in all (`unparked`) and by source.
+
+    Raises:
+        Refusal: there is no such organization or source type.
+    """
+    check_source_type(source_type)
+    if org_id is not None:
+        require_org(connection, org_id)
+    found = connection.execute(
+        _SQL["count_parked" if dry_run else "unpark"],
+        {"org_id": org_id, "source_type": source_type},
+    )
+    counts: dict[str, int] = {str(name): int(count) for name, count in found}
+    by_source = {source.counted_as: counts.get(source.type, 0) for source in SOURCES}
+    return {"unparked": sum(counts.values())} | by_source
 
 
 def purge(connection: Connection, age: timedelta) -> int:

@@ -40,7 +40,13 @@ WHERE id = ANY (
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
-WITH waiting AS MATERIALIZED (
+WITH set_aside AS MATERIALIZED (
+    -- What is in the batch already, and what a projector may have died of: that is tried apart.
+    SELECT id FROM pg_temp.batch
+    UNION ALL
+    SELECT outbox_id FROM everruns_pipelines.outbox_suspects
+),
+waiting AS MATERIALIZED (
     SELECT organization.org_id
     FROM organizations AS organization
     CROSS JOIN LATERAL (
@@ -48,7 +54,7 @@ WITH waiting AS MATERIALIZED (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM pg_temp.batch)
+                AND id NOT IN (SELECT id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -57,7 +63,7 @@ WITH waiting AS MATERIALIZED (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM pg_temp.batch)
+                AND id NOT IN (SELECT id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -81,7 +87,7 @@ due AS (
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM pg_temp.batch)
+                AND id NOT IN (SELECT id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
@@ -92,7 +98,7 @@ due AS (
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM pg_temp.batch)
+                AND id NOT IN (SELECT id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
@@ -163,6 +169,28 @@ WITH failed AS (
     RETURNING outbox.next_attempt_at
 )
 SELECT count(*), count(*) FILTER (WHERE next_attempt_at = 'infinity') FROM failed
+
+-- name: count_parked
+SELECT source_type, count(*)
+FROM reporting_outbox
+WHERE status = 'failed'
+    AND next_attempt_at = 'infinity'
+    AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
+    AND (%(source_type)s::text IS NULL OR source_type = %(source_type)s)
+GROUP BY 1
+
+-- name: unpark
+-- One more attempt: a row that fails again is parked again.
+WITH unparked AS (
+    UPDATE reporting_outbox
+    SET next_attempt_at = now(), updated_at = now()
+    WHERE status = 'failed'
+        AND next_attempt_at = 'infinity'
+        AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
+        AND (%(source_type)s::text IS NULL OR source_type = %(source_type)s)
+    RETURNING source_type
+)
+SELECT source_type, count(*) FROM unparked GROUP BY 1
 
 -- name: purge
 -- Removes what was completed long ago, a bounded number of rows at a time.

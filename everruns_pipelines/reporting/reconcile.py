@@ -104,8 +104,8 @@ def compare_days(
     states = {day: DayState(row.read - row.rejected) for day, row in right.items()}
     differing = [day for day in days_between(first, last) if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
-    states |= {day: _compare_day(connection, fact, day, grace) for day in differing}
+        stage_days(connection, fact, differing)
+    states |= {day: compare_day(connection, fact, day, grace) for day in differing}
     return dict(sorted(states.items()))
 
 
@@ -136,7 +136,7 @@ def materialize_days(
     days = days_between(first, last)
     differing = [day for day in days if day not in right]
     if differing:
-        _stage_days(connection, fact, differing)
+        stage_days(connection, fact, differing)
     for day in days:
         if day in right:
             row = right[day]
@@ -248,8 +248,8 @@ def _as_stored(column: Column, relation: str) -> sql.Composed:
     )
 
 
-def _compare_day(
-    connection: Connection, fact: Fact, day: date, grace: timedelta | None
+def compare_day(
+    connection: Connection, fact: Fact, day: date, grace: timedelta | None = None
 ) -> DayState:
     """Compare one of the staged days with its sources, row by row."""
     with transaction(connection, work_mem=_WORK_MEM):
@@ -309,7 +309,7 @@ def _materialize_day(
     return report
 
 
-def _stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
+def stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None:
     """Find the sources of these days, in one pass.
 
     They are kept in the temporary table `day_sources` until the connection is closed.

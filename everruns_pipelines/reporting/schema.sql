@@ -30,8 +30,22 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.fact_rejections (
 );
 ALTER TABLE everruns_pipelines.fact_rejections ADD COLUMN IF NOT EXISTS session_id uuid;
 
--- The batches that projectors are working on. A projector holds the advisory lock `lock_key`
--- while it lives: a claim whose lock is free was left behind by one that died.
+-- Projectors at work. Each holds the advisory lock `lock_key` while it lives: one whose lock is free
+-- has died. `part`: which suspects it was trying; NULL if none.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_projectors (
+    lock_key bigint PRIMARY KEY,
+    part bigint UNIQUE
+);
+
+-- Rows of the outbox that a projector may have died of. Those of a part are tried together;
+-- `deaths` is how many projectors died of the row alone.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_suspects (
+    outbox_id uuid PRIMARY KEY,
+    part bigint NOT NULL,
+    deaths integer NOT NULL DEFAULT 0
+);
+
+-- What the release before used, whose projectors may still run beside ours. The next one drops it.
 CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
     claimed_at timestamptz PRIMARY KEY,
     lock_key bigint NOT NULL

@@ -11,7 +11,7 @@ counts for exactly that.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Fact
@@ -85,10 +85,14 @@ def slice_sessions(
         connection.execute(
             sql.SQL(_TAKE_IN).format(each_fact("{fact} = slice.{fact} # read.{fact}"))
         )
-        if keep_digests:
-            _keep_digests(connection, parameters)
-    if keep_digests and scope is EVERYTHING:
-        forget_sessions(connection)
+    if keep_digests:
+        try:
+            with connection.transaction():
+                _keep_digests(connection, scope, parameters, are_read=unread != 0)
+        except (errors.SerializationFailure, errors.UniqueViolation):
+            # Somebody else has kept or forgotten some since our snapshot: what is not kept is read
+            # again.
+            pass
 
 
 def choose_sessions(
@@ -209,11 +213,17 @@ def _key_columns(values: Mapping[Fact, sql.Composable]) -> sql.Composed:
     return sql.SQL(", ").join(values.get(fact, sql.SQL("NULL::bigint")) for fact in sliced_facts())
 
 
-def _keep_digests(connection: Connection, parameters: dict[str, Any]) -> None:
+def _keep_digests(
+    connection: Connection, scope: sql.SQL, parameters: dict[str, Any], *, are_read: bool
+) -> None:
     locked = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_DIGESTS_LOCK]).fetchone()
-    if locked == (True,):
+    if locked != (True,):
+        return
+    if are_read:
         connection.execute(_FORGET_DIGESTS)
         connection.execute(sql.SQL(_KEEP_DIGESTS).format(each_fact("read.{fact}")), parameters)
+    if scope is EVERYTHING:
+        forget_sessions(connection)
 
 
 def _union_all(queries: Iterable[sql.Composable]) -> sql.Composed:

@@ -6,11 +6,11 @@ from typing import Any, NoReturn
 
 import psycopg
 import pytest
-from dagster import RetryPolicy
 
 from everruns_pipelines.commands import main
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration import failures
 from everruns_pipelines.reporting import backfill, database
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import World, rows, value, versions
@@ -234,7 +234,7 @@ def test_a_backfill_of_a_database_that_refuses_writes_says_so_at_once(
 ) -> None:
     database.prepare(world.connection)
     world.event(world.session(world.org()))
-    monkeypatch.setattr(RetryPolicy, "calculate_delay", _not_again)
+    monkeypatch.setattr(failures, "try_again", _not_again)
     read_only = "options=-c%20default_transaction_read_only%3Don"
     monkeypatch.setenv("EVERRUNS_POSTGRES_URL", f"{postgres_url}&{read_only}")
 
@@ -269,15 +269,11 @@ def test_what_was_tried_again_in_vain_is_told_in_one_line(
         raise raised
 
     monkeypatch.setattr(backfill, "enqueue", fail)
-    monkeypatch.setattr(RetryPolicy, "calculate_delay", _at_once)
+    monkeypatch.setattr(failures, "PAUSE", 0)
 
     assert terminal.run("backfill")[0] == status
-    assert len(tries) == 3
+    assert len(tries) == 1 + failures.RETRIES
     assert terminal.errors.splitlines()[-1] == f"everruns-pipelines: {last_line}"
-
-
-def _at_once(*_: object) -> int:
-    return 0
 
 
 def _not_again(*_: object) -> NoReturn:

@@ -32,6 +32,7 @@ def running(
     *,
     user: str | None = None,
     environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
     stop_by: Signals = SIGTERM,
 ) -> Generator[subprocess.Popen[bytes]]:
     """A program in the background, from when it is ready until the context ends."""
@@ -42,6 +43,7 @@ def running(
             stderr=output,
             user=user,
             env={**os.environ, **(environment or {})},
+            cwd=directory,
             start_new_session=True,
         )
 
@@ -54,7 +56,7 @@ def running(
         yield process
     finally:
         process.send_signal(stop_by)
-        process.wait(30)
+        process.wait(60)
 
 
 def unprivileged() -> str | None:

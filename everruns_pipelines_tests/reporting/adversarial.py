@@ -59,6 +59,8 @@ _NASTY_TEXTS = (
     "'; DROP TABLE events; --",
     "\\N",
 )
+_CAPABILITY_OF_THE_LONGEST = "declarative:" + "c" * 59
+"""71 characters."""
 _LONG_TEXTS = ("x" * 20_000, "ab" * 3_000, "día " * 2_000)
 """Longer than an index takes, but they compress well."""
 
@@ -142,7 +144,9 @@ def load_adversarial_sources(
         ]
         world.random.shuffle(events)
         _copy(connection, "events", events)
-        archived = [world.event(session["id"], events_per_session + 1) for session in busy]
+        archived = [world.event(session["id"], events_per_session + 1) for session in busy[::2]]
+        # Of sessions that are gone.
+        archived += [world.event(world.stranger(), 1) for _ in range(2)]
         _copy(connection, "archived_events", archived)
         _copy(
             connection,
@@ -415,7 +419,9 @@ class _World:
 
     def _budget(self) -> _Row:
         return {
-            "subject_type": self._one(("session", "agent", "user", "org", "app", "app_channel")),
+            "subject_type": self._one(
+                ("session", "agent", "user", "org", "agent_trigger", "app_channel")
+            ),
             "subject_id": self._text(),
             "currency": "USD",
             "limit": 1.0,
@@ -496,7 +502,7 @@ class _World:
             "resolved_owner_user_id": self._one((None, *self._users)),
             "workspace_id": self._reference(self._workspaces, org_id),
             "status": self._one(
-                ("started", "active", "idle", "waiting_for_tool_results", "paused")
+                ("started", "idle", "waiting_for_tool_results", "resolving_tool_results", "paused")
             ),
             "capabilities": json_text(self._capability_list()),
             "created_at": self._moment(),
@@ -535,11 +541,16 @@ class _World:
             (
                 *(id_, id_, {"ref": id_}, {"ref": id_, "config": {"ref": "secret"}}),
                 *(self._text(), {"ref": self._text()}, self._one(_LONG_TEXTS)),
+                *(_CAPABILITY_OF_THE_LONGEST, {"ref": _CAPABILITY_OF_THE_LONGEST}),
                 *("", {"ref": ""}, None, True, Number("5"), {"ref": None}, {"ref": Number("5")}),
                 *({"ref": ["web_search"]}, {"ref": {"ref": id_}}, {"id": id_}, {"Ref": id_}),
                 *([id_], [["ref", id_]], {}, []),
             )
         )
+
+    def stranger(self) -> UUID:
+        """The id of nothing."""
+        return self._uuid()
 
     def event(self, session_id: UUID, sequence: int) -> _Row:
         type_ = self._one(_PROJECTED_TYPES if self._likely(90) else _OTHER_TYPES)

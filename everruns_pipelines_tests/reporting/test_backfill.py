@@ -16,6 +16,7 @@ from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.reporting import backfill
 from everruns_pipelines.reporting.backfill import (
     GLOBAL_LOCK,
     BackfillRequest,
@@ -26,6 +27,7 @@ from everruns_pipelines.reporting.backfill import (
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, Fact, Projection
 from everruns_pipelines.reporting.database import ensure_schema
 from everruns_pipelines.reporting.drain import drain
+from everruns_pipelines.reporting.missing import find_missing
 from everruns_pipelines.reporting.query import EVERYTHING, projected_rows, selected_rows
 from everruns_pipelines_tests.reporting.adversarial import (
     load_adversarial_sources,
@@ -681,7 +683,7 @@ def test_a_global_backfill_waits_for_the_lock_in_vain_and_names_it(
     assert _backfill(connection) == NOTHING
 
 
-def test_a_global_backfill_keeps_others_out_and_lets_go(
+def test_a_global_backfill_keeps_others_out_while_it_writes_and_lets_go(
     connection: Connection, postgres_url: str
 ) -> None:
     _load_projected_sample(connection)
@@ -692,6 +694,38 @@ def test_a_global_backfill_keeps_others_out_and_lets_go(
             assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (False,)
         assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (True,)
     assert _value(connection, "SHOW lock_timeout") == "2min"
+
+
+def test_others_may_backfill_while_one_searches_and_what_they_do_is_not_done_again(
+    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _load_projected_sample(connection)
+    _lose(connection, "fact_turn", 2)
+    assert _backfill(connection)["enqueued"] == 2
+    _drain(connection)
+    first, second = sorted(_lose(connection, "fact_turn", 2))
+    searches: list[None] = []
+
+    def search(*arguments: Any, **options: Any) -> None:
+        find_missing(*arguments, **options)
+        if not searches:
+            with psycopg.connect(postgres_url, autocommit=True) as other:
+                take = "SELECT pg_try_advisory_xact_lock(%s)"
+                assert other.execute(take, [GLOBAL_LOCK]).fetchone() == (True,)
+                other.execute(
+                    "UPDATE reporting_outbox SET status = 'pending', next_attempt_at = now()"
+                    " WHERE source_id = %s",
+                    [first],
+                )
+                _drain(other)
+        searches.append(None)
+
+    monkeypatch.setattr(backfill, "find_missing", search)
+
+    assert _backfill(connection)["enqueued"] == 1
+    assert _pending(connection) == {("event", second)}
+    assert len(searches) == 2
+    assert _backfill(connection) == NOTHING
 
 
 @pytest.mark.parametrize("org_id", [None, 1])
@@ -705,12 +739,12 @@ def test_two_backfills_at_once_enqueue_each_missing_source_once_between_them(
     missing = _backfill(connection, limit=10_000, org_id=org_id, dry_run=True)
     assert missing["enqueued"] > 150
 
-    def backfill(_: int) -> dict[str, int]:
+    def backfilled(_: int) -> dict[str, int]:
         with psycopg.connect(postgres_url, autocommit=True) as own:
             return enqueue(own, BackfillRequest(limit=limit, org_id=org_id))
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(backfill, range(2)))
+        results = list(pool.map(backfilled, range(2)))
     expected = min(2 * limit, missing["enqueued"])
     assert sum(result["enqueued"] for result in results) == expected
     assert len(_outbox(connection)) == expected

@@ -164,7 +164,7 @@ def test_a_role_that_may_not_use_our_schema_is_told_so(
     database.prepare(role)
     may_look = "GRANT USAGE ON SCHEMA everruns_pipelines TO {}"
     refusal = refused(connected_as(PLATFORM, may_look))
-    assert "INSERT on everruns_pipelines.outbox_claims" in refusal.detail
+    assert "INSERT on everruns_pipelines.outbox_suspects" in refusal.detail
 
 
 def test_a_role_with_our_tables_and_the_platforms_needs_nothing_more(

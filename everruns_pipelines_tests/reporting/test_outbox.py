@@ -11,9 +11,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT
-from everruns_pipelines.reporting.outbox import Finished, Outbox, purge
+from everruns_pipelines.reporting.outbox import Finished, Outbox, purge, unpark
 from everruns_pipelines.reporting.projector import Failure
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
@@ -430,6 +431,58 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
         held_outbox.finish()
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
+
+
+def test_unparking_gives_rows_one_more_attempt_and_tells_how_many(world: World) -> None:
+    ours, theirs = world.org(), world.org()
+    parked: dict[str, Any] = {
+        "status": "failed",
+        "attempts": MAX_ATTEMPTS,
+        "next_attempt_at": "infinity",
+    }
+    mended = world.tool_call(ours, **parked)
+    broken = world.enqueue(ours, "session", MALFORMED, **parked)
+    elsewhere = world.tool_call(theirs, **parked)
+    later = world.tool_call(ours, status="failed", next_attempt_at=datetime.now(UTC) + HOUR)
+    connection = world.connection
+
+    counts = unpark(connection, ours, None, dry_run=True)
+    assert counts["unparked"] == 2
+    assert drain_all(connection).claimed == 0
+    assert unpark(connection, ours, "session", dry_run=True) == {
+        "unparked": 1,
+        "events": 0,
+        "llm_generations": 0,
+        "sessions": 1,
+        "usage_ledger": 0,
+    }
+
+    assert unpark(connection, ours, None, dry_run=False) == counts
+    assert drain_all(connection).result() == {
+        "claimed": 2,
+        "completed": 1,
+        "failed": 1,
+        "parked": 1,
+    }
+    assert [status(world, id_) for id_ in (mended, broken, elsewhere, later)] == [
+        "completed",
+        "failed",
+        "failed",
+        "failed",
+    ]
+    assert unpark(connection, None, "event", dry_run=True)["unparked"] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "org_id", "source_type"), [("org_id", 4_711, None), ("source_type", None, "events")]
+)
+def test_unparking_what_does_not_exist_is_refused(
+    world: World, field: str, org_id: int | None, source_type: str | None
+) -> None:
+    with pytest.raises(Refusal) as refused:
+        unpark(world.connection, org_id, source_type, dry_run=False)
+
+    assert refused.value.errors[0].loc == (field,)
 
 
 # What completes as a no-op.

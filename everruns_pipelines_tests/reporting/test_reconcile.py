@@ -406,7 +406,7 @@ def test_facts_of_sources_that_arrive_while_a_day_is_looked_at_stay(
     session = world.session(world.org())
     world.event(session)
     late: list[UUID] = []
-    stage_days = reconcile._stage_days  # pyright: ignore[reportPrivateUsage]
+    stage_days = reconcile.stage_days
 
     def staged_and_then_projected(*arguments: Any) -> None:
         stage_days(*arguments)
@@ -414,7 +414,7 @@ def test_facts_of_sources_that_arrive_while_a_day_is_looked_at_stay(
         enqueue_all(connection)
         drain_all(connection)
 
-    monkeypatch.setattr(reconcile, "_stage_days", staged_and_then_projected)
+    monkeypatch.setattr(reconcile, "stage_days", staged_and_then_projected)
 
     state = compared(connection, TOOL_CALL)
     connection.execute("DELETE FROM fact_tool_call WHERE source_key = %s", [f"event:{late[0]}"])

@@ -19,6 +19,7 @@ CHECKS: list[Any] = [
 ]
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_whatever_is_asked_the_answer_is_one_of_the_documents(
     served: Served, mode: GenerationMode

@@ -2,7 +2,7 @@
 
 A user of the server holds a shared lock on `postgres.users` for as long as it lives; the kernel
 lets go of it however the process ends. A keeper process (see `keeper`) waits until nobody holds
-it, stops the server, and goes. The data stays.
+it, stops the server, and goes; until then it starts a server again that was killed. The data stays.
 """
 
 import fcntl
@@ -84,6 +84,18 @@ def _running_server(home: Path) -> "PostgresServer":
         _ensure_keeper(home)
         _ensure_databases(server)
     return server
+
+
+def restart_if_killed(home: Path) -> None:
+    """Start the server under `home` again if its process is gone and it has not been stopped."""
+    # A server that stops in order removes the file.
+    try:
+        os.kill(int((home / "postgres" / "postmaster.pid").read_text().splitlines()[0]), 0)
+    except ProcessLookupError:
+        with _locked(home / _START_LOCK, fcntl.LOCK_EX):
+            _start(_opened_server(home))
+    except (OSError, IndexError, ValueError):  # stopped, or just starting
+        return
 
 
 def stop_server(home: Path) -> None:

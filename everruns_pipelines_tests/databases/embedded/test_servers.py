@@ -142,6 +142,22 @@ def test_after_a_crash_of_the_server_the_next_process_recovers_it(home: Path, st
     assert ask(start().url(), "SELECT count(*) >= 0 FROM events") is True
 
 
+def test_a_server_that_is_killed_under_its_users_comes_back_by_itself(
+    home: Path, start: Start
+) -> None:
+    url = start().url()
+    assert ask(url, "SELECT 1") == 1
+    os.kill(int((home / "postgres" / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
+
+    def is_back() -> bool:
+        try:
+            return ask(url, "SELECT now() - pg_postmaster_start_time() < interval '9 s'")
+        except psycopg.OperationalError:
+            return False
+
+    wait_until(is_back, "the server to be back")
+
+
 def test_the_platforms_tables_and_dagsters_database_are_there_from_the_start(start: Start) -> None:
     url = start().url()
 
