@@ -90,6 +90,18 @@ _REASONS = dg.TableSchema(
 )
 
 
+_TAKEN_BACK = dg.TableSchema(
+    columns=[
+        dg.TableColumn(name="item", type="uuid"),
+        dg.TableColumn(
+            name="fields",
+            type="text",
+            description="Those that differed from what the span says: edits are taken back.",
+        ),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class ItemAssets:
     """The asset and its checks."""
@@ -149,7 +161,14 @@ def item_assets(settings: Settings) -> ItemAssets:
                 done = rebuild_day(
                     everruns_items_postgres, everruns_clickhouse, day, context.log.info
                 )
-                context.add_asset_metadata(as_metadata(done), partition_key=day.isoformat())
+                context.add_asset_metadata(
+                    {
+                        **as_metadata(done),
+                        "materialized": "the whole day",
+                        "dagster/partition_row_count": done.processed,
+                    },
+                    partition_key=day.isoformat(),
+                )
 
     @dg.multi_asset_check(
         name=check_op("items"),
@@ -220,10 +239,13 @@ def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:
         schema=_REASONS,
     )
     return {
-        **{name: dg.MetadataValue.int(number) for name, number in done.counts().items()},
-        "spans": dg.MetadataValue.int(done.spans),
-        "spans_of_unknown_projects": dg.MetadataValue.int(done.spans_of_unknown_projects),
-        "out_of_scope": dg.MetadataValue.int(done.out_of_scope),
-        "recovered": dg.MetadataValue.int(done.recovered),
+        **{name: dg.MetadataValue.int(number) for name, number in done.all_counts().items()},
         "rejections": rejections,
+        "taken_back": dg.MetadataValue.table(
+            records=[
+                dg.TableRecord({"item": item, "fields": ", ".join(fields)})
+                for item, fields in done.taken_back
+            ],
+            schema=_TAKEN_BACK,
+        ),
     }

@@ -96,7 +96,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
         with told_plainly(Refusal.as_problem_details):
             diagnosis = diagnose(databases, _DAYS, context.log.info)
             for seen in look_at_sources(databases):
-                context.log_event(_observation(seen))
+                context.log_event(_observation(asset_key(settings, seen.table), seen))
         numbers = _numbers(diagnosis)
         times, lines = _history(context, diagnosis, numbers)
         context.add_asset_metadata(
@@ -183,9 +183,9 @@ def _measured_in(context: dg.AssetCheckExecutionContext) -> dict[str, Any] | Non
     return found
 
 
-def _observation(seen: "Seen") -> dg.AssetObservation:
+def _observation(key: dg.AssetKey, seen: "Seen") -> dg.AssetObservation:
     return dg.AssetObservation(
-        seen.table,
+        key,
         metadata={
             "dagster/row_count": seen.rows,
             "rows_are_estimated": seen.rows_are_estimated,

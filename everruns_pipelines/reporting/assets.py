@@ -153,6 +153,7 @@ def _metadata(report: "DayReport", seconds: float) -> dict[str, int | float | dg
     metadata["dagster/partition_row_count"] = (
         counts["inserted"] + counts["refreshed"] + counts["unchanged"]
     )
+    metadata["materialized"] = dg.MetadataValue.text("the whole day")
     metadata["rows_per_second"] = round(counts["read"] / seconds, 1) if seconds else 0.0
     metadata["unstorable"] = len(report.failures)
     if report.failures:

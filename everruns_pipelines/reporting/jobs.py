@@ -218,11 +218,27 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
     of the UI is true. Days before the first partition are not in that view, nor is any that no
     partition can be: PostgreSQL's times are allowed to be infinite.
     """
+    from everruns_pipelines.reporting.reconcile import count_rows
+
     partitions = day_partitions(postgres.settings)
-    for (table, day), counts in sorted(drained.outcome.counts.items()):
-        if partitions.has_partition_key(day):
-            key = asset_key(postgres.settings, table)
-            context.log_event(dg.AssetMaterialization(key, partition=day, metadata=dict(counts)))
+    counts = drained.outcome.counts
+    touched = [(table, day) for table, day in sorted(counts) if partitions.has_partition_key(day)]
+    if not touched:
+        return
+    with postgres.connect() as connection:
+        rows = count_rows(connection, touched)
+    for table, day in touched:
+        context.log_event(
+            dg.AssetMaterialization(
+                asset_key(postgres.settings, table),
+                partition=day,
+                metadata={
+                    **counts[table, day],
+                    "materialized": "rows of the outbox",
+                    "dagster/partition_row_count": rows[table, day],
+                },
+            )
+        )
 
 
 @dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]

@@ -162,6 +162,23 @@ def materialize_days(
             forget_sessions(connection, session_id)
 
 
+def count_rows(
+    connection: Connection, days: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], int]:
+    """How many rows facts have on days, both by their names: a day is found by its index."""
+    counts = dict.fromkeys(days, 0)
+    for table in {table for table, _ in days}:
+        rows = connection.execute(
+            sql.SQL(
+                "SELECT time_bucket_day::text, count(*) FROM {}"
+                " WHERE time_bucket_day = ANY (%s::date[]) GROUP BY 1"
+            ).format(sql.Identifier(table)),
+            [[day for name, day in days if name == table]],
+        )
+        counts |= {(table, day): count for day, count in rows}
+    return counts
+
+
 def stretches(days: Collection[date]) -> Iterator[tuple[date, date]]:
     """The days as ranges without gaps, by their ends."""
     ordered = sorted(days)
