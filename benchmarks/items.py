@@ -242,16 +242,16 @@ def unescape(text: bytes) -> str:
 
 def read(clickhouse: ClickHouse, session: str, take: Callable[[bytes], object]) -> None:
     """The bytes that a rebuild of a session reads."""
-    table = SpanTable(clickhouse, "otel_traces", [PROJECT, "webapp"])
+    table = SpanTable.of(clickhouse, "otel_traces")
     selections: list[Selection] = list(table.of_session(UUID(session)))
     for selection in selections:
-        for chunk in clickhouse.stream(*table.query(selection)):
+        for chunk in clickhouse.stream(*table.query(selection, [PROJECT, "webapp"])):
             take(chunk)
 
 
 def selected_rows(clickhouse: ClickHouse) -> int:
     query = "SELECT value FROM system.events WHERE event = 'SelectedRows'"
-    return int(clickhouse.rows(query, {})[0][0])
+    return int(clickhouse.rows(query, {}, ["value"])[0][0])
 
 
 def make_noise(clickhouse: ClickHouse, start: int, number: int) -> None:

@@ -71,6 +71,15 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
     public_url: Annotated[
         str | None, Field(description="Where people see the UI, for links in alerts.")
     ] = None
+    max_partitions_per_run: Annotated[
+        int | None, Field(description="Days per run of a backfill of days; null for all in one.")
+    ] = None
+    linger_seconds: Annotated[
+        int | None, Field(description="How long a run of the outbox sensor stays for more rows.")
+    ] = None
+    heal_seconds: Annotated[
+        int | None, Field(description="Seconds between two looks for missing and stale facts.")
+    ] = None
     outbox_keep_days: Annotated[
         int | None, Field(description="Days to keep completed outbox rows.")
     ] = None

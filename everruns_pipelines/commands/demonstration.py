@@ -56,7 +56,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
         prepare(connection)
         first, last = _sample_data(connection)
     with _step(console, "The job project_reporting: projecting what the application enqueued"):
-        run_job(settings, "project_reporting", {"project": {}}, log_level="WARNING")
+        run_job(settings, "project_reporting", {"project": {}}, log_level="WARNING", origin="demo")
     with _step(console, "Losing facts by hand: all of yesterday's turns, a third of tool calls"):
         _lose_facts(connection, last - timedelta(days=1))
     _show(console, connection, first, last, "After the loss")
@@ -66,6 +66,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
             "backfill_reporting",
             {"enqueue": {"limit": _LIMIT}, "project": {}},
             log_level="WARNING",
+            origin="demo",
         )
     _show(console, connection, first, last, "After the backfill")
     with _step(console, "The same job again: there is nothing left to enqueue"):
@@ -74,6 +75,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
             "backfill_reporting",
             {"enqueue": {"limit": _LIMIT}, "project": {}},
             log_level="WARNING",
+            origin="demo",
         )
     console.print(f"  {json.dumps(again['enqueue'])}", soft_wrap=True)
     console.print("\nThe result of the backfill, as the API answers it:")
@@ -114,7 +116,9 @@ def _rebuild(settings: Settings, session: str) -> dict[str, int]:
         "project": PROJECT,
         "session_id": session,
     }
-    return run_job(settings, "rebuild_items", {"rebuild": config}, log_level="WARNING")["rebuild"]
+    return run_job(
+        settings, "rebuild_items", {"rebuild": config}, log_level="WARNING", origin="demo"
+    )["rebuild"]
 
 
 def _show_items(console: Console, connection: Connection, title: str) -> None:

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _run_dagster(arguments: list[str], *, cwd: str, env: dict[str, str]) -> int:
-    """Run `dagster dev` until it ends; what it ended with.
+    """Run the guarded web server and the daemon until they end; what they ended with.
 
     Started in the background by a shell, this process ignores SIGINT, and Dagster would ignore both
     signals: so both are set here, and passed on as the one that Dagster heeds.
@@ -68,7 +68,7 @@ def _run_dagster(arguments: list[str], *, cwd: str, env: dict[str, str]) -> int:
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the child
     dagster = subprocess.Popen(
-        [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", *arguments],
+        [sys.executable, "-m", "everruns_pipelines.serve.with_daemon", *arguments],
         cwd=cwd,
         env=env,
         start_new_session=True,  # a terminal would interrupt it once more

@@ -9,6 +9,8 @@ from dagster._cli.utils import get_possibly_temporary_instance_for_cli
 
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal, RunFailure
+from everruns_pipelines.orchestration.coordinator import FROM_TAG, labels
+from everruns_pipelines.orchestration.launcher import PROCESSES_TAG, processes_here
 from everruns_pipelines.settings import Settings
 
 
@@ -18,11 +20,13 @@ def run_job(
     ops: Mapping[str, Mapping[str, Any]],
     *,
     log_level: str = "INFO",
+    origin: str = "cli",
 ) -> dict[str, dict[str, Any]]:
     """Run `job` with the given config per op; what each op answered.
 
     Args:
         log_level: the least that is logged to standard error. INFO is what the ops say.
+        origin: where the run comes from, for its tags.
 
     Raises:
         Refusal: the request was refused.
@@ -39,17 +43,34 @@ def run_job(
             result = (
                 build_definitions(settings)
                 .get_job_def(job)
-                .execute_in_process(run_config=run_config, instance=instance, raise_on_error=False)
+                .execute_in_process(
+                    run_config=run_config,
+                    tags=_tags(origin, run_config),
+                    instance=instance,
+                    raise_on_error=False,
+                )
             )
         except dg.DagsterError as error:
             raise RunFailure(str(error)) from error
     if not result.success:
         raise _why_failed(result)
+    # What an op counted beside its answer stands in the metadata, as it does over GraphQL.
     return {
-        event.step_key: result.output_for_node(event.step_key)
-        for event in result.get_step_success_events()
+        event.step_key: {
+            name: value.value
+            for name, value in event.step_output_data.metadata.items()
+            if isinstance(value, dg.IntMetadataValue)
+        }
+        for event in result.filter_events(lambda event: event.is_successful_output)
         if event.step_key is not None
     }
+
+
+def _tags(origin: str, run_config: Mapping[str, Any]) -> dict[str, str]:
+    """What the queue and the launcher of a deployment would give the run."""
+    here = processes_here()
+    processes = {} if here is None else {PROCESSES_TAG: here}
+    return labels({FROM_TAG: origin}, run_config) | processes
 
 
 def _why_failed(result: dg.ExecuteInProcessResult) -> Refusal | RunFailure:

@@ -56,4 +56,6 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         "dry_run": options.dry_run,
     }
     counts = run_job(options, settings, "rebuild_items", {"rebuild": config})["rebuild"]
-    return counts if options.verbose else {"processed": counts["processed"]}
+    # What a dry run is for.
+    is_told = options.verbose or options.dry_run
+    return counts if is_told else {"processed": counts["processed"]}

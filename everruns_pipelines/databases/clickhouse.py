@@ -6,9 +6,11 @@ directory per process, so both are waited for, and given back as soon as the rea
 
 import fcntl
 import logging
+import re
+import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ PAUSES = (1.0, 5.0)
 
 _CHUNK = 1 << 20
 
+# Its first line tells an answer from any other text at status 200.
+_WITH_NAMES = "TabSeparatedWithNames"
+
 # In this process the engine shares our memory: a few megabytes per block instead of 65,409 rows.
 # Attributes of megabytes are held once, not also to filter by them (PREWHERE) and to format several
 # blocks at once; the indexes skip as many rows as before.
@@ -38,14 +43,52 @@ _ENGINE_SETTINGS = {
     "output_format_parallel_formatting": 0,
 }
 
-# ClickHouse's codes for what a second attempt cannot change, and what the user is told.
+# What a profile may set to cut an answer in silence, and what we need instead: an error.
+_WHOLE_ANSWERS = {
+    **dict.fromkeys(
+        (
+            "read_overflow_mode",
+            "read_overflow_mode_leaf",
+            "result_overflow_mode",
+            "group_by_overflow_mode",
+            "sort_overflow_mode",
+            "distinct_overflow_mode",
+            "set_overflow_mode",
+            "join_overflow_mode",
+            "transfer_overflow_mode",
+            "timeout_overflow_mode",
+            "timeout_overflow_mode_leaf",
+        ),
+        "throw",
+    ),
+    "limit": "0",
+    "offset": "0",
+}
+_SETTINGS = "\nSETTINGS " + ", ".join(
+    f"{name} = '{value}'" for name, value in _WHOLE_ANSWERS.items()
+)
+
+# ClickHouse's codes, and what the user is told.
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE = 60, 81
 _NOT_ALLOWED = {192, 193, 194, 497, 516}  # unknown user, passwords, access denied
+_SETTING_IS_FIXED = {164, 452}  # readonly, constraint
+# Of the network, of load, memory and quotas, of replicas: another attempt may succeed. Everything
+# else is as wrong the next time.
+_PASSING = {
+    3, 32, 33, 95, 96, 107, 159, 160, 198, 201, 202, 203, 207, 209, 210, 225, 236, 241, 242, 243,
+    252, 279, 290, 319, 373, 394, 410, 415, 425, 439, 473, 499, 574, 619, 655, 692, 734, 745, 999,
+    1000, 1001, 1002,
+}  # fmt: skip
+_ESCAPED = re.compile(r"\\(.)")
+_UNESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "0": "\0"}
 
 _engine = threading.Lock()
 _tell = logging.getLogger(__name__).info
 Log = Callable[[str], None]
 T = TypeVar("T")
+
+
+_NO_ANSWER = "what came back is no answer to the query, or it is cut"
 
 
 class ClickHouseFailure(Exception):
@@ -87,31 +130,57 @@ class ClickHouse:
     """One open connection."""
 
     client: Client
-    database: str
+    is_embedded: bool
+    database: str = ""
+    version: str = ""
 
-    def rows(self, query: str, parameters: Mapping[str, Any]) -> list[list[str]]:
+    def rows(
+        self, query: str, parameters: Mapping[str, Any], columns: Sequence[str]
+    ) -> list[list[str]]:
         """The rows of a small answer, as text.
 
+        Args:
+            columns: what the query calls the columns of its answer. Another one is none of its
+                answers.
+
         Raises:
-            ClickHouseFailure: also when the answer is cut.
-            Refusal: the table does not exist or must not be read.
+            ClickHouseFailure: also when the answer is cut, or is no answer to the query.
+            Refusal: the query cannot be answered however often it is asked.
         """
         # No error in its midst: the server answers when it is done.
         whole = {"wait_end_of_query": 1}
-        with self._answer(query, parameters, "TabSeparatedRaw", whole) as answer:
+        with self._answer(query, parameters, _WITH_NAMES, whole) as answer:
             text = answer.read().decode("utf-8", "replace")
         # Not splitlines, which takes U+2028 for the end of a line too.
-        return [line.split("\t") for line in text.split("\n")[:-1]]
+        *lines, rest = text.split("\n")
+        rows = [[_unescaped(value) for value in line.split("\t")] for line in lines]
+        if rest or rows[:1] != [list(columns)] or {len(row) for row in rows} != {len(columns)}:
+            raise ClickHouseFailure(_NO_ANSWER)
+        return rows[1:]
 
-    def stream(self, query: str, parameters: Mapping[str, Any]) -> Iterator[bytes]:
+    def stream(
+        self, query: str, parameters: Mapping[str, Any], columns: Sequence[str]
+    ) -> Iterator[bytes]:
         """The answer as TabSeparated bytes, which are what PostgreSQL's COPY reads.
 
         It must be read to its end, or closed, before the next query.
 
+        Args:
+            columns: as for `rows`.
+
         Raises:
             ClickHouseFailure: also in the middle, when the answer is cut.
+            Refusal: as for `rows`.
         """
-        with self._answer(query, parameters, "TabSeparated", {}) as answer:
+        # No network in between: nobody else can answer. And chDB would keep the answer as a whole.
+        fmt = "TabSeparated" if self.is_embedded else _WITH_NAMES
+        names = b"" if self.is_embedded else "\t".join(columns).encode() + b"\n"
+        with self._answer(query, parameters, fmt, {}) as answer:
+            head = b""
+            while len(head) < len(names) and (piece := answer.read(len(names) - len(head))):
+                head += piece
+            if head != names:
+                raise ClickHouseFailure(_NO_ANSWER)
             while chunk := answer.read(_CHUNK):
                 yield chunk
 
@@ -124,7 +193,13 @@ class ClickHouse:
         settings: dict[str, Any],
     ) -> Generator[_ByteStream]:
         with _failures():
-            answer = self.client.raw_stream(query, dict(parameters), settings, fmt=fmt)
+            answer = self.client.raw_stream(
+                # As text: the driver would not even send what it takes for fixed.
+                query.rstrip() + _SETTINGS,
+                dict(parameters),
+                settings,
+                fmt=fmt,
+            )
             try:
                 _check_length_is_known(answer)
                 yield answer
@@ -154,12 +229,13 @@ class ClickHouseDatabase:
         """
         dsn = self.settings.clickhouse_dsn
         if dsn is not None and not dsn.get_secret_value().startswith("chdb:"):
-            with _connected(_server_client(dsn.get_secret_value())) as clickhouse:
+            client = _server_client(dsn.get_secret_value())
+            with _connected(client, is_embedded=False) as clickhouse:
                 yield clickhouse
             return
         with (
             _engine_client(self.directory, log, patience) as client,
-            _connected(client) as clickhouse,
+            _connected(client, is_embedded=True) as clickhouse,
         ):
             if dsn is None:
                 from everruns_pipelines.databases.embedded.clickhouse import span_tables
@@ -197,12 +273,38 @@ def retrying(action: Callable[[], T], log: Log) -> T:
 
 
 @contextmanager
-def _connected(client: Client) -> Generator[ClickHouse]:
+def _connected(client: Client, *, is_embedded: bool) -> Generator[ClickHouse]:
     try:
-        [[database]] = ClickHouse(client, "").rows("SELECT currentDatabase()", {})
-        yield ClickHouse(client, database)
+        yield ClickHouse(client, is_embedded, *_server(client))
     finally:
         client.close()
+
+
+def _server(client: Client) -> tuple[str, str]:
+    """The database that we are in, and the server's version, once it grants us whole answers."""
+    granted = ", ".join(f"toString(getSetting('{name}')) AS {name}" for name in _WHOLE_ANSWERS)
+    rows = ClickHouse(client, is_embedded=True).rows(
+        f"SELECT currentDatabase() AS database, version() AS version, {granted}",
+        {},
+        ["database", "version", *_WHOLE_ANSWERS],
+    )
+    if len(rows) != 1:
+        raise ClickHouseFailure(_NO_ANSWER)
+    database, version, *values = rows[0]
+    asked = _WHOLE_ANSWERS.items()
+    cut = [name for (name, value), got in zip(asked, values, strict=True) if value != got]
+    if cut:
+        raise _cuts_answers(f"it sets {', '.join(cut)}, whatever we ask for")
+    return database, version
+
+
+def _cuts_answers(how: str) -> Refusal:
+    return Refusal(
+        f"The ClickHouse user's settings profile may cut answers: {how}. It must leave "
+        "*_overflow_mode at 'throw', and limit and offset at 0, or let us set them",
+        code="permission_denied",
+        status=503,
+    )
 
 
 def _server_client(dsn: str) -> Client:
@@ -311,9 +413,36 @@ def _failures() -> Generator[None]:
                 code="permission_denied",
                 status=503,
             ) from None
-        raise ClickHouseFailure(f"ClickHouse failed: {_first_line(error)}") from error
+        if error.code in _SETTING_IS_FIXED:
+            raise _cuts_answers(_first_line(error)) from None
+        if error.code is not None and error.code not in _PASSING:
+            raise Refusal(
+                f"ClickHouse cannot answer: {_first_line(error)}",
+                code="incompatible_schema",
+                status=503,
+            ) from None
+        raise _as_failure(error) from error
     except (ClickHouseError, HTTPError, OSError) as error:
-        raise ClickHouseFailure(f"ClickHouse failed: {_first_line(error)}") from error
+        raise _as_failure(error) from error
+
+
+def _as_failure(error: Exception) -> Exception:
+    """What is worth another attempt, unless the server is a stranger."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return ClickHouseFailure(f"ClickHouse failed: {_first_line(error)}")
+    return Refusal(
+        f"The certificate of ClickHouse is not trusted: {cause.verify_message}. "
+        "SSL_CERT_FILE may name a file with the authority that signed it",
+        code="unavailable",
+        status=503,
+    )
+
+
+def _unescaped(value: str) -> str:
+    return _ESCAPED.sub(lambda found: _UNESCAPED.get(found[1], found[1]), value)
 
 
 def _first_line(error: Exception) -> str:

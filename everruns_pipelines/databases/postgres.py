@@ -173,7 +173,10 @@ def _set_session(connection: Connection, within: float | None) -> None:
     """Set what we rely on, and refuse a connection on which it does not hold."""
     from psycopg.types.json import Json
 
-    relied_on = _SESSION if within is None else {**_SESSION, "statement_timeout": f"{within:g}s"}
+    relied_on = dict(_SESSION)
+    if within is not None:
+        # Sooner than the connection is cut: a server that is alive ends the statement itself.
+        relied_on["statement_timeout"] = f"{round(800 * within)}ms"
     connection.execute(
         "SELECT set_config(key, value, false) FROM json_each_text(%s)"
         " UNION ALL"

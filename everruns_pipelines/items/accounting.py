@@ -1,7 +1,7 @@
 """Tells what was found and is not stored, and what a rebuild did as a whole."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
@@ -19,6 +19,7 @@ _COUNTS = (
     "links_created",
     "links_unresolved",
 )
+_REST = ("spans", "spans_of_unknown_projects", "out_of_scope", "recovered")
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,22 @@ class Rebuilt:
     offloaded: int
     links_created: int
     links_unresolved: int
-    #: Not part of the answer's keys, for logs and metadata.
+    #: Beside the answer's keys.
     spans: int
     spans_of_unknown_projects: int
     out_of_scope: int
     recovered: int
-    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+    reasons: Mapping[str, int]
+    #: Ids of the first refreshed items, and their fields that differed from what the span says.
+    taken_back: Sequence[tuple[str, Sequence[str]]]
 
     def counts(self) -> dict[str, int]:
         """The counts under the names of the interface."""
-        return {name: value for name, value in asdict(self).items() if name in _COUNTS}
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def all_counts(self) -> dict[str, int]:
+        """All that was counted, by name."""
+        return {name: getattr(self, name) for name in (*_COUNTS, *_REST)}
 
 
 def account(connection: Connection, *, dry_run: bool) -> dict[str, int]:

@@ -90,6 +90,18 @@ _REASONS = dg.TableSchema(
 )
 
 
+_TAKEN_BACK = dg.TableSchema(
+    columns=[
+        dg.TableColumn(name="item", type="uuid"),
+        dg.TableColumn(
+            name="fields",
+            type="text",
+            description="Those that differed from what the span says: edits are taken back.",
+        ),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class ItemAssets:
     """The asset and its checks."""
@@ -227,10 +239,13 @@ def as_metadata(done: "Rebuilt") -> dict[str, dg.MetadataValue]:
         schema=_REASONS,
     )
     return {
-        **{name: dg.MetadataValue.int(number) for name, number in done.counts().items()},
-        "spans": dg.MetadataValue.int(done.spans),
-        "spans_of_unknown_projects": dg.MetadataValue.int(done.spans_of_unknown_projects),
-        "out_of_scope": dg.MetadataValue.int(done.out_of_scope),
-        "recovered": dg.MetadataValue.int(done.recovered),
+        **{name: dg.MetadataValue.int(number) for name, number in done.all_counts().items()},
         "rejections": rejections,
+        "taken_back": dg.MetadataValue.table(
+            records=[
+                dg.TableRecord({"item": item, "fields": ", ".join(fields)})
+                for item, fields in done.taken_back
+            ],
+            schema=_TAKEN_BACK,
+        ),
     }

@@ -19,21 +19,27 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHou
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.jobs import check_items, rebuild_items
+from everruns_pipelines.items.span_table import Position
 from everruns_pipelines.orchestration.timetable import BackOff, day_schedules, hourly_schedule
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.items.unstored import Reported, Unstored
+    from everruns_pipelines.items.unstored import Look, Unstored
 
 # In seconds. A span's batch and its item's POST may be under way for a while after its end.
 _GRACE = 120
-# What comes in later than that is seen again within this time, and after it by the nightly run.
-_OVERLAP = 600
+# What comes in later than that is found by a second look at the time behind the first.
+_SECOND_LOOK = 600
 # After a longer absence the nightly run repairs what came before.
 _LONGEST_LOOK_BACK = 6 * 3600
 # Another run that reads the embedded ClickHouse is not worth waiting for: the next tick comes soon.
 _PATIENCE = 5.0
+_SECOND = 1_000_000_000
 _TRACES_PER_RUN = 200
+# Of more failures in that time the earlier ones are forgotten, and not looked at a second time.
+_MOST_REMEMBERED = 10_000
+
+_START = Position(0)
 
 materialize_items = dg.define_asset_job(  # pyright: ignore[reportUnknownMemberType]
     "materialize_items",
@@ -49,32 +55,65 @@ class _Memory:
     """What the sensor's cursor holds.
 
     Args:
-        since: where the next look begins, in seconds since the epoch.
-        launched: failures that a run was launched for: a digest of each, and when its span ended.
+        first: how far the first look at reported items came.
+        second: where the second look goes on, which passes over the last minutes again and again.
+        launched: failures that a run was launched for: a digest of each, and when its span ended,
+            in seconds since the epoch.
+        forgotten: failures of spans that ended up to then are not among them.
     """
 
-    since: int = 0
+    first: Position
+    second: Position
     launched: dict[str, int] = field(default_factory=dict[str, int])
+    forgotten: int = 0
     back_off: BackOff = field(default_factory=BackOff)
 
     @classmethod
-    def read(cls, cursor: str | None) -> Self:
+    def read(cls, cursor: str | None, until: int) -> Self:
+        """What a cursor holds, for looks up to a time in seconds since the epoch."""
+        earliest = _at(until - _LONGEST_LOOK_BACK)
         try:
             kept = json.loads(cursor or "{}")
-            back_off = BackOff(**kept.pop("back_off", {}))
-            return cls(**kept, back_off=back_off)
-        except (AttributeError, TypeError, ValueError):
-            return cls()
+            memory = cls(
+                max(Position(**kept["first"]), earliest),
+                Position(**kept["second"]),
+                kept["launched"],
+                kept["forgotten"],
+                BackOff(**kept["back_off"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            # What the first look comes to now needs no second one.
+            return cls(earliest, earliest)
+        again = _at(max(until - _SECOND_LOOK, memory.forgotten + 1))
+        return replace(memory, second=max(memory.second, again))
 
     def write(self) -> str:
         return json.dumps(asdict(self))
 
-    def after(self, reported: "Reported", new: "Sequence[Unstored]") -> "_Memory":
-        """What to remember once runs for the new failures are launched."""
-        since = reported.until if reported.is_cut else reported.until - _OVERLAP
-        launched = {**self.launched, **{_digest(failure): failure.ended for failure in new}}
-        # What ended earlier is not looked at again.
-        return _Memory(since, {key: ended for key, ended in launched.items() if ended > since})
+    def launches(self, look: "Look") -> "tuple[list[Unstored], _Memory]":
+        """The failures that no run was launched for, and what to remember once it is."""
+        found = {_digest(failure): failure for failure in look.unstored}
+        new = [failure for digest, failure in found.items() if digest not in self.launched]
+        ended = {digest: failure.ended for digest, failure in found.items()}
+        return new, replace(self, launched={**self.launched, **ended})
+
+    def after(self, first: "Look", second: "Look", until: int) -> "_Memory":
+        """What to remember once both looks came so far."""
+        # It came to where the first look had come before: it begins anew.
+        is_round = second.reached >= self.first
+        # The second look does not come to what ended earlier.
+        in_reach = sorted(
+            (ended, digest)
+            for digest, ended in self.launched.items()
+            if ended >= until - _SECOND_LOOK
+        )
+        forgotten = in_reach[:-_MOST_REMEMBERED]
+        return _Memory(
+            first.reached,
+            _START if is_round else second.reached,
+            {digest: ended for ended, digest in in_reach[len(forgotten) :]},
+            forgotten[-1][0] if forgotten else self.forgotten,
+        )
 
 
 @dg.sensor(  # pyright: ignore[reportUnknownMemberType]
@@ -94,18 +133,22 @@ def item_failures_sensor(
     """Look at what was reported since the last look; launch what lacks its item."""
     import psycopg
 
+    from everruns_pipelines.items.unstored import find_unstored
+
     now = time.time()
-    memory = _Memory.read(context.cursor)
+    until = int(now) - _GRACE
+    memory = _Memory.read(context.cursor, until)
     if now < memory.back_off.until:
         return _skipped(f"Trying again at {_clock(memory.back_off.until)}", memory)
     if not everruns_clickhouse.is_there():
         return _skipped("No spans are stored yet", memory)
     try:
-        until = int(now) - _GRACE
-        reported = _reported(
-            everruns_clickhouse, max(memory.since, until - _LONGEST_LOOK_BACK), until
+        first = find_unstored(
+            everruns_items_postgres, everruns_clickhouse, memory.first, _at(until), _PATIENCE
         )
-        unstored = _unstored(everruns_items_postgres, reported)
+        second = find_unstored(
+            everruns_items_postgres, everruns_clickhouse, memory.second, memory.first, _PATIENCE
+        )
     except Refusal as refusal:
         if refusal.code == "locked":
             return _skipped(refusal.detail, memory)
@@ -119,13 +162,16 @@ def item_failures_sensor(
             f"PostgreSQL cannot be read: {message}",
             replace(memory, back_off=memory.back_off.again(now)),
         )
-    new = [failure for failure in unstored if _digest(failure) not in memory.launched]
-    memory = memory.after(reported, new)
-    seen = f"{len(reported.rows)} items reported by spans that ended up to {_clock(reported.until)}"
-    if not new:
-        return _skipped(f"{seen}; {len(unstored)} lack their row, and were launched before", memory)
-    context.log.info(f"{seen}; {len(new)} lack their row")
-    return dg.SensorResult(list(_run_requests(new)), cursor=memory.write())
+    late, memory = memory.launches(second)
+    new, memory = memory.launches(first)
+    memory = memory.after(first, second, until)
+    reached = _clock(first.reached.ended_ns / _SECOND)
+    seen = f"{first.seen} items reported by spans that ended up to {reached}"
+    if not new and not late:
+        lack = len(first.unstored) + len(second.unstored)
+        return _skipped(f"{seen}; {lack} lack their row, and were launched before", memory)
+    context.log.info(f"{seen}; {len(new) + len(late)} lack their row")
+    return dg.SensorResult(list(_run_requests([*late, *new])), cursor=memory.write())
 
 
 def item_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
@@ -139,22 +185,6 @@ def item_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
             "Looks every hour whether the items of the last 7 days are right; repairs nothing.",
         ),
     ]
-
-
-def _reported(clickhouse: ClickHouseDatabase, since: int, until: int) -> "Reported":
-    from everruns_pipelines.items.unstored import find_reported
-
-    with clickhouse.connect(patience=_PATIENCE) as opened:
-        return find_reported(opened, clickhouse.settings.spans_table, since, until)
-
-
-def _unstored(postgres: ItemsPostgresDatabase, reported: "Reported") -> "list[Unstored]":
-    from everruns_pipelines.items.unstored import find_unstored
-
-    if not reported.rows:
-        return []
-    with postgres.connect() as connection:
-        return find_unstored(connection, reported)
 
 
 def _run_requests(failures: "Sequence[Unstored]") -> Iterator[dg.RunRequest]:
@@ -177,7 +207,11 @@ def _project(failure: "Unstored") -> tuple[str, str, str]:
 
 
 def _digest(failure: "Unstored") -> str:
-    return sha256(f"{failure.project} {failure.dedupe_key}".encode()).hexdigest()[:16]
+    return sha256(f"{failure.project} {failure.position.dedupe_key}".encode()).hexdigest()[:16]
+
+
+def _at(seconds: int) -> Position:
+    return Position(seconds * _SECOND)
 
 
 def _skipped(reason: str, memory: _Memory) -> dg.SensorResult:

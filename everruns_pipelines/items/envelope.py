@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from uuid import UUID
 
 # PostgreSQL's parser recurses; so deep no item is meant to be.
@@ -35,6 +36,7 @@ class Found:
     key_hint: str | None = None
     session_hint: str | None = None
     uri: str | None = None
+    size: Decimal | None = None
     reason: str | None = None
     detail: str | None = None
     value: str | None = None
@@ -105,9 +107,10 @@ def _item(position: int, output: Mapping[str, bytes], held: Mapping[str, bytes])
         return Found(
             position, key_hint, reason="object_missing", detail="no such object, or it is cut"
         )
-    parts = _members(item, {"type", "uri", "value"})
+    parts = _members(item, {"type", "uri", "size", "value"})
     if _text(parts.get("type")) == "uri":
-        return Found(position, key_hint, uri=_text(parts.get("uri")), reason="offloaded")
+        uri, size = _text(parts.get("uri")), _size(parts.get("size"))
+        return Found(position, key_hint, uri=uri, size=size, reason="offloaded")
     value = parts.get("value")
     if value is None:
         return Found(position, key_hint, reason="object_missing", detail="the object has no value")
@@ -175,6 +178,10 @@ def _text(value: bytes | None) -> str | None:
     except ValueError:
         return None
     return None if "\0" in text else text
+
+
+def _size(value: bytes | None) -> Decimal | None:
+    return Decimal(value.decode()) if value is not None and value.isdigit() else None
 
 
 def _session(value: bytes | None) -> str | None:

@@ -3,7 +3,6 @@
 PostgreSQL parses what is sound JSON. The rest is cut out by envelope.py, and judged the same way.
 """
 
-import base64
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -55,6 +54,7 @@ def stage_values(connection: Connection, values: Iterable[tuple[int, bool, Found
             found.key_hint,
             found.session_hint,
             found.uri,
+            found.size,
             found.reason,
             found.detail,
             found.value,
@@ -76,5 +76,5 @@ def _damaged(connection: Connection) -> Iterator[tuple[int, bool, Found]]:
         cursor.itersize = 1
         cursor.execute("SELECT id, outputs, objects FROM staged_spans WHERE state = 'damaged'")
         for span, outputs, objects in cursor:
-            for found in read_damaged(base64.b64decode(outputs), base64.b64decode(objects)):
+            for found in read_damaged(bytes.fromhex(outputs), bytes.fromhex(objects)):
                 yield span, False, found

@@ -7,7 +7,7 @@
 -- list of such numbers more than PostgreSQL can hold.
 INSERT INTO candidates (
     span, position, state, reason, detail, organization_id, project_id, dedupe_key, ended_ns, uri,
-    item_type, title, ref, session_id, trace_id, span_id, capability, capability_version,
+    size, item_type, title, ref, session_id, trace_id, span_id, capability, capability_version,
     schema_ref, disposition, links, data
 )
 SELECT
@@ -30,6 +30,7 @@ SELECT
     END,
     found.ended_ns,
     found.uri,
+    found.size,
     sound.value ->> 'item_type',
     sound.value ->> 'title',
     nullif(sound.value ->> 'ref', ''),
@@ -156,6 +157,7 @@ SELECT
     NULL AS session_hint,
     false AS fetched,
     object.uri,
+    object.size,
     CASE
         WHEN object.is_offloaded THEN 'offloaded'
         WHEN object.value IS NULL THEN 'object_missing'
@@ -179,6 +181,10 @@ CROSS JOIN LATERAL (
             WHEN kept.is_offloaded AND jsonb_typeof(kept.object -> 'uri') = 'string'
                 THEN kept.object ->> 'uri'
         END AS uri,
+        CASE
+            WHEN kept.is_offloaded AND jsonb_typeof(kept.object -> 'size') = 'number'
+                THEN (kept.object -> 'size')::numeric
+        END AS size,
         CASE WHEN kept.is_offloaded IS NOT TRUE THEN kept.object -> 'value' END AS value
     FROM (
         SELECT named.object, named.object -> 'type' = '"uri"' AS is_offloaded
@@ -209,6 +215,7 @@ SELECT
     staged.session_hint,
     staged.fetched,
     staged.uri,
+    staged.size,
     CASE
         WHEN staged.reason IS NOT NULL THEN staged.reason
         WHEN flaw.sql_error_code = '22P05' THEN 'unstorable_text'
@@ -248,13 +255,13 @@ WHERE span.whole AND span.state IN ('too_large', 'no_array')
 UPDATE staged_spans
 SET
     state = 'damaged',
-    outputs = encode(convert_to(outputs, 'UTF8'), 'base64'),
-    objects = encode(convert_to(objects, 'UTF8'), 'base64')
+    outputs = encode(convert_to(outputs, 'UTF8'), 'hex'),
+    objects = encode(convert_to(objects, 'UTF8'), 'hex')
 WHERE
     state = 'readable'
     AND NOT (pg_input_is_valid(outputs, 'jsonb') AND pg_input_is_valid(objects, 'jsonb'))
 
 -- name: stage_value
 INSERT INTO staged_values (
-    span, fetched, position, key_hint, session_hint, uri, reason, detail, value
-) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
+    span, fetched, position, key_hint, session_hint, uri, size, reason, detail, value
+) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)

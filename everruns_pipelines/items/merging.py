@@ -1,7 +1,7 @@
 """Brings the table `items` in line with the valid envelopes, batch by batch."""
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import count
 
 from everruns_pipelines.databases.clickhouse import Log
@@ -9,19 +9,39 @@ from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.items.batches import Batch, batches, tally, undisturbed
 
+# Refreshed items that are named in an account.
+MOST_TOLD = 100
+
 _SQL = read_statements("everruns_pipelines.items", "merging.sql")
 
 
-def merge(connection: Connection, log: Log, *, dry_run: bool) -> Counter[str]:
-    """How many items were an `insert`, a `refresh`, or `unchanged`."""
-    done = Counter[str]()
+@dataclass(frozen=True)
+class Merged:
+    """What became of the items.
+
+    Args:
+        counts: how many were an `insert`, a `refresh`, or `unchanged`.
+        taken_back: the first `MOST_TOLD` refreshed items: their ids, and the fields that differed
+            from what the span says.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    taken_back: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
+
+
+def merge(connection: Connection, log: Log, *, dry_run: bool) -> Merged:
+    """Bring the table in line, or tell what that would take."""
+    done = Merged()
+    connection.execute(_SQL["refuse"])
     connection.execute(_SQL["choose"])
     connection.execute("ANALYZE chosen")
     for number in count():
         connection.execute(_SQL["refs"], {"round": number})
         for batch in batches(connection, number):
-            done.update(_merge_batch(connection, batch, dry_run=dry_run))
-            log(f"{done.total()} items done")
+            done.counts.update(_merge_batch(connection, batch, dry_run=dry_run))
+            most = MOST_TOLD - len(done.taken_back)
+            done.taken_back.extend(connection.execute(_SQL["taken_back"], {"most": most}))
+            log(f"{done.counts.total()} items done")
         if not connection.execute(_SQL["revive"], {"round": number + 1}).rowcount:
             break
     return done

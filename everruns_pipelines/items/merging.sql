@@ -1,5 +1,32 @@
 -- One envelope per dedupe key and one item per ref; from there into `items`, batch by batch.
 
+-- name: refuse
+-- A report that the platform refused stands in its span all the same, and the agent reported it again
+-- under another key. Where a span carries several, which one was refused cannot be told.
+UPDATE candidates AS candidate
+SET
+    state = 'rejected',
+    reason = 'refused_by_platform',
+    detail = 'the platform refused the report, and the tool told the agent so'
+FROM (
+    SELECT reported.span
+    FROM candidates AS reported
+    JOIN staged_spans AS span ON span.id = reported.span
+    WHERE span.refused
+    GROUP BY reported.span
+    HAVING count(*) = 1
+) AS alone
+WHERE
+    candidate.span = alone.span
+    AND candidate.state = 'valid'
+    AND NOT EXISTS (
+        SELECT
+        FROM items
+        WHERE
+            items.project_id = candidate.project_id
+            AND items.dedupe_key = candidate.dedupe_key
+    )
+
 -- name: choose
 -- Of the valid envelopes with one dedupe key the earliest by span end counts.
 INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
@@ -94,14 +121,30 @@ WITH compared AS MATERIALIZED (
     SELECT
         candidate.id AS candidate,
         item.id AS item_id,
-        (
-            item.item_type, item.title, item.ref, item.session_id, item.trace_id, item.span_id,
-            item.capability, item.capability_version, item.schema_ref
-        ) IS NOT DISTINCT FROM (
-            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
-            candidate.trace_id, candidate.span_id, candidate.capability,
-            candidate.capability_version, candidate.schema_ref
-        ) AS same_columns,
+        array_remove(
+            ARRAY[
+                CASE WHEN item.item_type IS DISTINCT FROM candidate.item_type THEN 'item_type' END,
+                CASE WHEN item.title IS DISTINCT FROM candidate.title THEN 'title' END,
+                -- An empty ref is none.
+                CASE WHEN nullif(item.ref, '') IS DISTINCT FROM candidate.ref THEN 'ref' END,
+                CASE
+                    WHEN item.session_id IS DISTINCT FROM candidate.session_id THEN 'session_id'
+                END,
+                CASE WHEN item.trace_id IS DISTINCT FROM candidate.trace_id THEN 'trace_id' END,
+                CASE WHEN item.span_id IS DISTINCT FROM candidate.span_id THEN 'span_id' END,
+                CASE
+                    WHEN item.capability IS DISTINCT FROM candidate.capability THEN 'capability'
+                END,
+                CASE
+                    WHEN item.capability_version IS DISTINCT FROM candidate.capability_version
+                        THEN 'capability_version'
+                END,
+                CASE
+                    WHEN item.schema_ref IS DISTINCT FROM candidate.schema_ref THEN 'schema_ref'
+                END
+            ],
+            NULL
+        ) AS columns,
         CASE
             WHEN item.id IS NULL THEN false
             WHEN record_image_eq(ROW(item.data), ROW(candidate.data)) THEN true
@@ -119,16 +162,17 @@ WITH compared AS MATERIALIZED (
         AND candidate.id BETWEEN %(first)s AND %(last)s
 )
 
-INSERT INTO planned (candidate, item_id, action, keeps_data)
+INSERT INTO planned (candidate, item_id, action, keeps_data, fields)
 SELECT
     candidate,
     item_id,
     CASE
         WHEN item_id IS NULL THEN 'insert'
-        WHEN same_columns AND same_data THEN 'unchanged'
+        WHEN columns = '{}' AND same_data THEN 'unchanged'
         ELSE 'refresh'
     END,
-    same_data
+    same_data,
+    CASE WHEN same_data THEN columns ELSE columns || 'data'::text END
 FROM compared
 
 -- name: insert
@@ -178,3 +222,11 @@ WHERE
     AND chosen.candidate BETWEEN %(first)s AND %(last)s
     AND rejection.project_id = chosen.project_id
     AND rejection.dedupe_key = chosen.dedupe_key
+
+-- name: taken_back
+-- What the items of a batch get back from their spans: whose, and which fields. No values.
+SELECT item_id::text, fields
+FROM planned
+WHERE action = 'refresh'
+ORDER BY item_id
+LIMIT %(most)s

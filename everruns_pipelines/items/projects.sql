@@ -1,6 +1,6 @@
 -- PostgreSQL: the names under which spans know projects. A UUID is the project's own; a slug counts
 -- only if no other project has it, nor has it for its UUID. What looks like a UUID is compared in
--- small letters, as spans.sql gives it.
+-- small letters, as staging.sql does with the names that spans have.
 -- %(project)s: that project alone, or all of them when it is null.
 INSERT INTO staged_projects (name, project_id, organization_id)
 WITH slugs AS (

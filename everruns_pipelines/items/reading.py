@@ -1,12 +1,11 @@
 """From ClickHouse into staging: the selected spans' bytes, straight into COPY."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import LiteralString
 
 import psycopg
 
 from everruns_pipelines.databases.clickhouse import (
-    ClickHouse,
     ClickHouseDatabase,
     ClickHouseFailure,
     Log,
@@ -36,28 +35,31 @@ def read_spans(
 
     Raises:
         ClickHouseFailure: ClickHouse refused, stalled or cut its answer each time.
+        Refusal: it cannot answer, or there is no such table.
     """
 
     def read() -> None:
         connection.execute("TRUNCATE staged_spans")
         with clickhouse.connect(log) as opened:
-            table = SpanTable(opened, clickhouse.settings.spans_table, projects)
-            table.check()
+            table = SpanTable.of(opened, clickhouse.settings.spans_table)
             for selection in selections(table):
-                _copy(opened, *table.query(selection), connection)
+                copy(connection, _SQL["copy"], opened.stream(*table.query(selection, projects)))
 
     retrying(read, log)
     connection.execute(_SQL["drop_repeats"])
     return dict(connection.execute(_SQL["by_project"]).fetchall())
 
 
-def _copy(
-    clickhouse: ClickHouse, query: str, parameters: Mapping[str, Any], connection: Connection
-) -> None:
+def copy(connection: Connection, statement: LiteralString, answer: Iterable[bytes]) -> None:
+    """Copy an answer of ClickHouse into a table.
+
+    Raises:
+        ClickHouseFailure: the answer is cut, or holds something else.
+    """
     try:
-        with connection.cursor() as cursor, cursor.copy(_SQL["copy"]) as copy:
-            for chunk in clickhouse.stream(query, parameters):
-                copy.write(chunk)
+        with connection.cursor() as cursor, cursor.copy(statement) as into:
+            for chunk in answer:
+                into.write(chunk)
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         # Whatever a span holds is copied as text. Lines of another shape are an error message
         # that a server wrote into its answer after it had begun. Not repeated: it may quote spans.

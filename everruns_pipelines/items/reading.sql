@@ -2,7 +2,8 @@
 
 -- name: copy
 COPY staged_spans (
-    trace_id, span_id, run_id, project, ended_ns, whole, state, outputs, objects, complete
+    trace_id, span_id, run_id, project_name, ended_ns, whole, refused, state, outputs, objects,
+    complete
 ) FROM STDIN
 
 -- name: drop_repeats

@@ -111,10 +111,11 @@ def _rebuild(
     if not dry_run:
         ensure_schema(connection)
         _lock(connection, filter(None, spans), log)
-    items = merge(connection, log, dry_run=dry_run)
+    merged = merge(connection, log, dry_run=dry_run)
     links = link(connection, dry_run=dry_run)
     reasons = account(connection, dry_run=dry_run)
 
+    items = merged.counts
     offloaded = reasons.get("offloaded", 0)
     return Rebuilt(
         processed=items.total(),
@@ -130,6 +131,7 @@ def _rebuild(
         out_of_scope=out_of_scope,
         recovered=recovered,
         reasons=reasons,
+        taken_back=merged.taken_back,
     )
 
 

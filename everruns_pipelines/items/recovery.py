@@ -1,6 +1,8 @@
 """Fetches offloaded envelopes that may be fetched, and judges them like any other."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha1
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
@@ -36,18 +38,30 @@ def _fetched(connection: Connection, store: ObjectStore) -> Iterator[tuple[int, 
         while rows := cursor.fetchmany(OBJECTS_AT_ONCE):
             objections = [
                 "the span names no uri" if uri is None else store.objection(uri, others)
-                for _, _, _, uri, others in rows
+                for _, _, _, uri, _, others in rows
             ]
             uris = [
                 row[3] for row, objection in zip(rows, objections, strict=True) if not objection
             ]
             answers = iter(store.fetch(uris))
-            for (span, position, key, uri, _), objection in zip(rows, objections, strict=True):
+            for (span, position, key, uri, size, _), objection in zip(
+                rows, objections, strict=True
+            ):
                 answer = objection or next(answers)
-                yield span, True, _as_found(position, key, uri, answer)
+                yield span, True, _as_found(Found(position, key, uri=uri, size=size), answer)
 
 
-def _as_found(position: int, key: str | None, uri: str | None, answer: bytes | str) -> Found:
+def _as_found(named: Found, answer: bytes | str) -> Found:
+    """What an answer of the store is for the envelope that a span names."""
+    if isinstance(answer, bytes) and not _is_the_one(named, answer):
+        answer = "the object is not the one that was offloaded: its hash or its size differs"
     if isinstance(answer, str):
-        return Found(position, key, uri=uri, reason="offloaded", detail=answer)
-    return read_envelope(position, key, answer)
+        return replace(named, reason="offloaded", detail=answer)
+    return read_envelope(named.position, named.key_hint, answer)
+
+
+def _is_the_one(named: Found, body: bytes) -> bool:
+    """Whether it is the body that the SDK named by its hash, and of its size."""
+    name = sha1(body, usedforsecurity=False).hexdigest()[:16]
+    is_named = named.uri is not None and named.uri.rsplit("/", 1)[-1] == name
+    return is_named and named.size == len(body)

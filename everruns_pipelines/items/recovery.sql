@@ -7,6 +7,7 @@ SELECT
     candidate.position,
     candidate.dedupe_key,
     candidate.uri,
+    candidate.size,
     (
         SELECT coalesce(array_agg(other.id::text), '{}')
         FROM (

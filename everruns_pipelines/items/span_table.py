@@ -1,15 +1,17 @@
-"""The span table as users have it: which predicates find spans in it, and how they are read.
+"""The span table as users have it: its generations, and which predicates find spans in each.
 
 Each selection is one query whose predicate an index or the partition key answers: `OR` between
 them would make ClickHouse read everything. What two selections both find is one span again later.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import cached_property
 from itertools import islice
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from everruns_pipelines.databases.clickhouse import ClickHouse
@@ -21,81 +23,208 @@ _SQL = read_statements("everruns_pipelines.items", "spans.sql")
 # Attributes longer than this, in bytes, are rejected as a whole. OTLP messages are 4 MiB.
 LONGEST_ATTRIBUTES = 16 << 20
 
-# So few that the index on the trace id still tells blocks apart, and a query stays short.
+# So few that an index on the trace id still tells blocks apart, and a query stays short.
 _TRACES_PER_QUERY = 500
-_RUNS_PER_QUERY = 500
+_RUNS_PER_QUERY = 100
+
+# A bloom filter on the trace id lets one block in a thousand pass for each trace: up to so many
+# traces, or in so small a table, it needs no help.
+_FEW_TRACES = 20
+_FEW_ROWS = 250_000
 
 _NEEDED_COLUMNS = {"Timestamp", "TraceId", "SpanId", "SpanAttributes", "Duration"}
+_ATTRIBUTES = {
+    "outputs": "dreadnode.outputs",
+    "objects": "dreadnode.objects",
+    "project": "dreadnode.project",
+    "session": "dreadnode.session.id",
+    "run": "dreadnode.run.id",
+    "tool_error": "dreadnode.tool.error",
+    "span_type": "logfire.span_type",
+}
+_VALUES = "mapValues(SpanAttributes)"
+# The exporter's texts of the form key=value. Another table may join the two by something else.
+_ITEMS = (
+    "arrayMap(kv -> concat(kv.1, '=', kv.2), CAST(SpanAttributes, 'Array(Tuple(String, String))'))"
+)
+_IS_ITEMS = re.compile(
+    r"arrayMap\(\(?(\w+)\)? -> concat\(\1\.1, '=', \1\.2\), "
+    r"(CAST\(SpanAttributes, 'Array\(Tuple\(String, String\)\)'\)"
+    r"|SpanAttributes::Array\(Tuple\(String, String\)\))\)"
+)
+_SPANS = [
+    "trace_id", "span_id", "run_id", "project_name", "ended_ns", "whole", "refused", "state",
+    "outputs", "objects", "complete",
+]  # fmt: skip
+_TABLE = ["engine", "rows", "sorted"]
+_REPORTED = ["trace_id", "project_name", "dedupe_key", "ended_ns", "complete"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which spans: a predicate over the span table, and which of them are meant as a whole."""
+    """Which spans.
 
-    predicate: str
+    Args:
+        columns: a predicate over plain columns, which are read before the attributes.
+        attributes: a predicate over the attributes.
+        whole: which of the spans are meant as a whole.
+    """
+
+    columns: str = "true"
+    attributes: str = "true"
     whole: str = "true"
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True)
-class SpanTable:
-    """The span table of one ClickHouse, and what of it a rebuild may read.
+@dataclass(frozen=True, order=True)
+class Position:
+    """A place in the order in which reported items are looked at: by the span's end, first of all.
 
     Args:
-        projects: names under which the spans know the projects in scope; None = all spans.
+        ended_ns: in nanoseconds since the epoch.
+    """
+
+    ended_ns: int
+    trace_id: str = ""
+    project: str = ""
+    dedupe_key: str = ""
+
+
+@dataclass(frozen=True)
+class SpanTable:
+    """The span table of one ClickHouse.
+
+    Args:
+        engine: its table engine. Only tables of the MergeTree family tell their indexes; what a
+            view or a Distributed table leads to may have any.
+        rows: how many it holds; 0 where that is not known.
+        sorted: its sorting key.
+        columns: the type of each.
+        aliases: the expression of each column that is an alias.
+        indexes: the type of each by its expression.
     """
 
     clickhouse: ClickHouse
+    database: str
     name: str
-    projects: Sequence[str] | None = None
+    engine: str
+    rows: int
+    sorted: str
+    columns: Mapping[str, str]
+    aliases: Set[str]
+    indexes: Mapping[str, str]
 
-    @property
-    def _names(self) -> dict[str, str]:
-        database, _, table = self.name.rpartition(".")
-        return {
-            "database": database or self.clickhouse.database,
-            "spans": table,
-            "times": f"{table}_trace_id_ts",
-        }
+    @classmethod
+    def of(cls, clickhouse: ClickHouse, named: str) -> "SpanTable":
+        """The table that `named` names, database-qualified if need be.
 
-    def check(self) -> None:
-        """Raise a `Refusal` if the table is missing or lacks a column."""
-        described = self.clickhouse.rows(
-            "DESCRIBE TABLE {database:Identifier}.{spans:Identifier}", self._names
+        Raises:
+            Refusal: there is none, or it is no span table.
+        """
+        database, _, name = named.rpartition(".")
+        names = {"database": database or clickhouse.database, "spans": name}
+        described = clickhouse.rows(
+            _SQL["columns"], names, ["name", "type", "default_kind", "expression"]
         )
-        missing = _NEEDED_COLUMNS - {column for column, *_ in described}
-        if missing:
+        columns = {column: kind for column, kind, *_ in described}
+        if not columns:
             raise Refusal(
-                f"The span table {self.name} lacks {', '.join(sorted(missing))}: "
+                f"ClickHouse has no such table, or does not show it to this user: {named}. "
+                "EVERRUNS_CLICKHOUSE_DSN and EVERRUNS_SPANS_TABLE must name the span table",
+                code="incompatible_schema",
+                status=503,
+            )
+        flaw = _flaw(columns)
+        if flaw is not None:
+            raise Refusal(
+                f"The span table {named} {flaw}: "
                 "EVERRUNS_SPANS_TABLE must name a table of the OpenTelemetry Collector's exporter",
                 code="incompatible_schema",
                 status=503,
             )
+        [[engine, rows, order]] = clickhouse.rows(_SQL["table"], names, _TABLE)
+        indexes = clickhouse.rows(_SQL["indexes"], names, ["type", "indexed"])
+        return cls(
+            clickhouse,
+            names["database"],
+            name,
+            engine,
+            int(rows),
+            order,
+            columns,
+            {text for _, _, default, text in described if default == "ALIAS"},
+            {expression: kind for kind, expression in indexes},
+        )
 
-    def query(self, selection: Selection) -> tuple[str, dict[str, Any]]:
-        """The query for a selection's spans, and its parameters."""
-        predicate = selection.predicate
-        parameters = {
-            "longest": LONGEST_ATTRIBUTES,
-            **self._names,
-            **selection.parameters,
-        }
-        if self.projects is not None:
-            predicate += " AND project_name IN {projects:Array(String)}"
-            parameters["projects"] = list(self.projects)
-        sql = Template(_SQL["spans"]).substitute(selection=predicate, whole=selection.whole)
-        return sql, parameters
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds its rows itself, so that its indexes are all there are."""
+        return self.engine.endswith("MergeTree")
 
-    def reported(self, since: int, until: int, most: int) -> list[list[str]]:
-        """The first `most` items of spans that ended after `since`, up to and with `until`.
+    @property
+    def is_json(self) -> bool:
+        """Whether its attributes are JSON, and no map."""
+        return self.columns["SpanAttributes"].startswith("JSON")
+
+    @property
+    def generation(self) -> str:
+        """What it is, in a few words."""
+        if not self.is_plain:
+            return f"a table of engine {self.engine}"
+        if self.is_json:
+            return "the exporter's JSON generation"
+        if any(_IS_ITEMS.fullmatch(alias) for alias in self.aliases):
+            indexes = "text indexes" if self.trace_index == "text" else "bloom filters"
+            return f"the exporter's newest generation with {indexes}"
+        if "toDateTime(Timestamp)" in self.sorted:
+            return "the exporter's generation of 2024"
+        if "toUnixTimestamp(Timestamp)" in self.sorted:
+            return "the exporter's older generation"
+        return "a table of its own kind"
+
+    def has_companion(self) -> bool:
+        """Whether there is a table that knows between which times a trace's spans start."""
+        names = {"database": self.database, "spans": self.companion}
+        return bool(self.clickhouse.rows(_SQL["table"], names, _TABLE))
+
+    @property
+    def trace_index(self) -> str | None:
+        """The type of the index that finds a trace."""
+        return self.indexes.get("TraceId")
+
+    @property
+    def value_index(self) -> str | None:
+        """The type of the index that finds an attribute by its value."""
+        return self.indexes.get(_VALUES) or self.indexes.get(self._items or "")
+
+    @property
+    def companion(self) -> str:
+        """The table that knows between which times a trace's spans start, where there is one."""
+        return f"{self.name}_trace_id_ts"
+
+    @property
+    def _items(self) -> str | None:
+        """The expression of the texts key=value that an index finds."""
+        return next(filter(_IS_ITEMS.fullmatch, self.indexes), None)
+
+    def query(
+        self, selection: Selection, projects: Sequence[str] | None
+    ) -> tuple[str, dict[str, Any], list[str]]:
+        """The query for a selection's spans, its parameters, and the columns of its answer.
 
         Args:
-            since: like `until` in whole seconds since the epoch.
+            projects: names under which the spans know the projects in scope; None = all spans.
+                Of names that differ in capital letters alone all are found.
         """
-        sql = Template(_SQL["reported"]).substitute()
-        return self.clickhouse.rows(
-            sql, {**self._names, "since": since, "until": until, "most": most}
-        )
+        attributes = selection.attributes
+        parameters = {"longest": LONGEST_ATTRIBUTES, **self._names, **selection.parameters}
+        if projects is not None:
+            attributes += f" AND lowerUTF8({self._words['project']}) IN {{projects:Array(String)}}"
+            parameters["projects"] = sorted({project.lower() for project in projects})
+        sql = self._filled("spans", selection.columns, attributes, whole=selection.whole)
+        return sql, parameters, _SPANS
 
     def of_session(self, session: UUID) -> Iterator[Selection]:
         """Spans of a session's traces; whole are those whose own session it is."""
@@ -106,16 +235,18 @@ class SpanTable:
             *(f"{{{one}}}" for one in usual),
             *(f"urn:uuid:{one}" for one in usual),
         ]
-        # For each spelling the index lets one block of spans in a hundred pass that lacks it: rare
-        # ones are looked for only where no other is found.
-        traces = self._traces_of(usual) or self._traces_of(rare)
-        whole = "SpanAttributes['dreadnode.session.id'] IN {sessions:Array(String)}"
-        for some in _groups(traces, _TRACES_PER_QUERY):
-            yield self._of_traces(some, whole, {"sessions": [*usual, *rare]})
-
-    def _traces_of(self, sessions: Sequence[str]) -> list[str]:
-        rows = self.clickhouse.rows(_SQL["traces"], {**self._names, "sessions": sessions})
-        return [trace for (trace,) in rows]
+        # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
+        # rare ones are looked for only where no other is found.
+        found = self._traces_of(usual) or self._traces_of(rare)
+        for some in _groups(found, self._traces_per_query):
+            since = min(int(first) for _, first, _ in some)
+            until = max(int(last) for _, _, last in some)
+            yield self._of_traces(
+                [trace for trace, *_ in some],
+                f"{self._words['session']} IN {{sessions:Array(String)}}",
+                {"sessions": [*usual, *rare]},
+                (since, until),
+            )
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:
         """Spans of runs, and of traces where a run id is a trace id."""
@@ -123,37 +254,160 @@ class SpanTable:
         for run in run_ids:
             (traces if _is_trace_id(run) else runs).add(run)
         for some in _groups(sorted(runs), _RUNS_PER_QUERY):
-            yield Selection(
-                "hasAny(mapValues(SpanAttributes), {runs:Array(String)})"
-                " AND SpanAttributes['dreadnode.run.id'] IN {runs:Array(String)}",
-                parameters={"runs": some},
-            )
-        for some in _groups(sorted(traces), _TRACES_PER_QUERY):
-            yield self._of_traces([trace.lower() for trace in some], "true", {})
+            predicate, parameters = self._having("run", some)
+            yield Selection(attributes=predicate, parameters=parameters)
+        for some in _groups(sorted(traces), self._traces_per_query):
+            yield self._of_traces([trace.lower() for trace in some])
+
+    def reported(
+        self, after: Position, until_ns: int, most: int
+    ) -> tuple[str, dict[str, Any], list[str]]:
+        """The query for the first `most` items of spans that ended after a position, in order.
+
+        Args:
+            until_ns: in nanoseconds since the epoch.
+        """
+        ended = "toInt128(toUnixTimestamp64Nano(Timestamp)) + Duration"
+        sql = self._filled(
+            "reported",
+            "Timestamp >= fromUnixTimestamp64Nano({after:Int64} - 86400000000000, 'UTC')"
+            " AND Timestamp <= fromUnixTimestamp64Nano({until:Int64}, 'UTC')"
+            f" AND {ended} >= toInt128({{after:Int64}}) AND {ended} <= toInt128({{until:Int64}})",
+            "true",
+        )
+        parameters = {
+            **self._names,
+            "after": after.ended_ns,
+            "after_trace": after.trace_id,
+            "after_project": after.project,
+            "after_key": after.dedupe_key,
+            "until": until_ns,
+            "most": most,
+        }
+        return sql, parameters, _REPORTED
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {"database": self.database, "spans": self.name, "times": self.companion}
+
+    @cached_property
+    def _words(self) -> dict[str, str]:
+        """What a statement's $names stand for in this generation."""
+        if not self.is_json:
+            words = {name: f"SpanAttributes['{key}']" for name, key in _ATTRIBUTES.items()}
+            return {
+                **words,
+                "has_outputs": "has(mapKeys(SpanAttributes), 'dreadnode.outputs')",
+                "is_lossy": "false",
+                "outputs_bytes": words["outputs"],
+                "objects_bytes": words["objects"],
+            }
+        # The collector kept numbers and booleans as what they are: as text they are what a map has.
+        words = {
+            name: f"ifNull(toString(SpanAttributes.{key}), '')" for name, key in _ATTRIBUTES.items()
+        }
+        # JSON keeps no byte that is not UTF-8: U+FFFD stands in its place. The SDK escapes a real
+        # one, like every character that is not ASCII. As a byte that is none, it is found out.
+        lost = "unhex('EFBFBD')"
+        return {
+            **words,
+            "has_outputs": f"{words['outputs']} != ''",
+            "is_lossy": f"(position({words['outputs']}, {lost}) > 0"
+            f" OR position({words['objects']}, {lost}) > 0)",
+            "outputs_bytes": f"replaceAll({words['outputs']}, {lost}, unhex('FF'))",
+            "objects_bytes": f"replaceAll({words['objects']}, {lost}, unhex('FF'))",
+        }
+
+    def _filled(self, statement: str, columns: str, attributes: str, **more: str) -> str:
+        """A statement in the words of this generation.
+
+        Views know no PREWHERE; elsewhere it spares reading the attributes of what plain columns
+        rule out.
+        """
+        can_sift = self.is_plain and columns != "true"
+        sift = f"PREWHERE {columns}\nWHERE" if can_sift else f"WHERE {columns} AND"
+        words = {**self._words, **more, "sift": f"{sift} {attributes} AND"}
+        return Template(_SQL[statement]).substitute(words)
+
+    def _having(self, attribute: str, values: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """A predicate for the spans with one of some values, by whatever index there is.
+
+        The attribute itself is always compared: an index on values does not know its key, and one
+        on key=value does not know where the key ends.
+        """
+        parameters: dict[str, Any] = {"values": list(values)}
+        predicate = f"{self._words[attribute]} IN {{values:Array(String)}}"
+        if self.is_json:
+            return predicate, parameters
+        if _VALUES in self.indexes or not self.is_plain:
+            predicate = f"hasAny({_VALUES}, {{values:Array(String)}}) AND {predicate}"
+        if self._items or not self.is_plain:
+            items = self._items or _ITEMS
+            # Not `hasAny`, for which servers before 26.5 do not use the index.
+            each = [f"has({items}, {{item{n}:String}})" for n in range(len(values))]
+            predicate = f"({' OR '.join(each)}) AND {predicate}"
+            key = _ATTRIBUTES[attribute]
+            parameters |= {f"item{n}": f"{key}={value}" for n, value in enumerate(values)}
+        return predicate, parameters
+
+    def _traces_of(self, sessions: Sequence[str]) -> list[list[str]]:
+        predicate, parameters = self._having("session", sessions)
+        return self.clickhouse.rows(
+            Template(_SQL["traces"]).substitute(having=predicate),
+            {**self._names, **parameters},
+            ["trace", "since", "until"],
+        )
+
+    @property
+    def _traces_per_query(self) -> int:
+        # Without an index each query reads the trace ids of all spans: the fewer the better.
+        return _TRACES_PER_QUERY if self.trace_index or not self.is_plain else 10_000
 
     def _of_traces(
-        self, traces: Sequence[str], whole: str, parameters: Mapping[str, Any]
+        self,
+        traces: Sequence[str],
+        whole: str = "true",
+        parameters: Mapping[str, Any] | None = None,
+        seen: tuple[int, int] | None = None,
     ) -> Selection:
-        predicate = "TraceId IN {traces:Array(String)}"
-        parameters = {**parameters, "traces": list(traces)}
+        """Spans of some traces.
+
+        Args:
+            seen: seconds between which some of their spans are known to start.
+        """
+        columns = "TraceId IN {traces:Array(String)}"
+        parameters = {**(parameters or {}), "traces": list(traces)}
         bounds = self._bounds(traces)
         if bounds is not None:
-            predicate += (
+            since, until = bounds
+            if seen is not None:
+                since, until = min(since, seen[0]), max(until, seen[1])
+            columns += (
                 " AND Timestamp >= fromUnixTimestamp64Milli({since:Int64} * 1000, 'UTC')"
                 " AND Timestamp < fromUnixTimestamp64Milli({until:Int64} * 1000, 'UTC')"
             )
-            parameters |= {"since": bounds[0], "until": bounds[1]}
-        return Selection(predicate, whole, parameters)
+            parameters |= {"since": since, "until": until}
+        return Selection(columns, whole=whole, parameters=parameters)
 
     def _bounds(self, traces: Sequence[str]) -> tuple[int, int] | None:
-        """Seconds between which the traces' spans start; None where the companion cannot tell."""
+        """Seconds between which the traces' spans start; None where they are found without.
+
+        The companion may know a trace in part. So it is asked only where the index cannot do alone,
+        and believed only if it knows every trace and all the time that the spans take.
+        """
+        is_enough = len(traces) <= _FEW_TRACES or self.rows <= _FEW_ROWS
+        if self.trace_index != "bloom_filter" or is_enough:
+            return None
         try:
-            [[since, until, known]] = self.clickhouse.rows(
-                _SQL["bounds"], {**self._names, "traces": list(traces)}
+            [[since, until, known, goes_as_far]] = self.clickhouse.rows(
+                _SQL["bounds"],
+                {**self._names, "traces": list(traces)},
+                ["since", "until", "known", "goes_as_far"],
             )
         except Refusal:  # There is no companion: the index on the trace id remains.
             return None
-        return (int(since), int(until)) if int(known) == len(set(traces)) else None
+        is_whole = int(known) == len(set(traces)) and goes_as_far == "1"
+        return (int(since), int(until)) if is_whole else None
 
 
 def of_day(day: date) -> Selection:
@@ -165,7 +419,15 @@ def of_day(day: date) -> Selection:
     )
 
 
-def _groups(values: Iterable[str], size: int) -> Iterator[list[str]]:
+def _flaw(columns: Mapping[str, str]) -> str | None:
+    missing = _NEEDED_COLUMNS - columns.keys()
+    if missing:
+        return f"lacks {', '.join(sorted(missing))}"
+    kind = columns["SpanAttributes"].split("(")[0]
+    return None if kind in ("Map", "JSON") else f"has SpanAttributes of type {kind}"
+
+
+def _groups(values: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(values)
     while group := list(islice(rest, size)):
         yield group

@@ -1,111 +1,118 @@
--- What is asked of ClickHouse. What one generation of the span table says otherwise than another
--- stands as $name, and is filled in by span_table.py.
+-- What is asked of ClickHouse. $names are filled in by span_table.py: what one generation of the span
+-- table says otherwise than another. They stand for raw columns: an alias that is shared by SELECT
+-- and WHERE fails beside a text index on the attributes' keys. Servers of 24.8 see no WITH from
+-- inside a subquery.
+
+-- name: columns
+SELECT name, type, default_kind, default_expression AS expression
+FROM system.columns
+WHERE database = {database:String} AND table = {spans:String}
+
+-- name: table
+SELECT engine, toString(ifNull(total_rows, 0)) AS rows, sorting_key AS sorted
+FROM system.tables
+WHERE database = {database:String} AND name = {spans:String}
+
+-- name: indexes
+SELECT type, expr AS indexed
+FROM system.data_skipping_indices
+WHERE database = {database:String} AND table = {spans:String}
 
 -- name: spans
 -- The spans of a selection that may carry items, one row each, as COPY reads them.
 --
 -- `readable` attributes go as they are: PostgreSQL parses them. What a strict parser refuses goes
--- as base64 of its bytes, for envelope.py. `selection` picks spans by an index, `whole` says whether
--- every item of the span is meant or only those whose envelope names the session.
-WITH
-    SpanAttributes['dreadnode.outputs'] AS outputs,
-    SpanAttributes['dreadnode.objects'] AS objects,
-    SpanAttributes['dreadnode.project'] AS project,
-    -- As in projects.sql: what looks like a UUID may be spelled in capitals.
-    if(match(project, '^[0-9A-Fa-f-]{32,36}$$'), lower(project), project) AS project_name,
-    multiIf(
-        length(outputs) + length(objects) > {longest:UInt64}, 'too_large',
-        isValidJSON(outputs) AND isValidJSON(objects)
-        -- Valid JSON, and yet no PostgreSQL text.
-        AND position(outputs, '\\u0000') = 0 AND position(objects, '\\u0000') = 0,
-        if(JSONType(outputs) = 'Array', 'readable', 'no_array'),
-        'damaged'
-    ) AS state
+-- as the hex digits of its bytes, for envelope.py. `whole` says whether every item of the span is
+-- meant or only those whose envelope names the session.
 SELECT
     replaceAll(toValidUTF8(TraceId), '\0', '') AS trace_id,
     replaceAll(toValidUTF8(SpanId), '\0', '') AS span_id,
-    replaceAll(toValidUTF8(SpanAttributes['dreadnode.run.id']), '\0', '') AS run_id,
-    replaceAll(toValidUTF8(project_name), '\0', '') AS project_text,
+    replaceAll(toValidUTF8($run), '\0', '') AS run_id,
+    replaceAll(toValidUTF8($project), '\0', '') AS project_name,
     least(
         toInt128(toUnixTimestamp64Nano(Timestamp)) + Duration, toInt128(9223372036854775807)
     ) AS ended_ns,
     $whole AS whole,
-    state,
-    multiIf(state = 'readable', outputs, state = 'damaged', base64Encode(outputs), '') AS outputs_text,
-    multiIf(state = 'readable', objects, state = 'damaged', base64Encode(objects), '') AS objects_text,
+    position($tool_error, 'Item was not saved to the platform') > 0 AS refused,
+    multiIf(
+        length($outputs) + length($objects) > {longest:UInt64}, 'too_large',
+        isValidJSON($outputs) AND isValidJSON($objects)
+        -- Valid JSON, and yet no PostgreSQL text.
+        AND position($outputs, '\\u0000') = 0 AND position($objects, '\\u0000') = 0
+        AND NOT $is_lossy,
+        if(JSONType($outputs) = 'Array', 'readable', 'no_array'),
+        'damaged'
+    ) AS state,
+    if(state = 'readable', $outputs, hex(if(state = 'damaged', $outputs_bytes, ''))) AS outputs,
+    if(state = 'readable', $objects, hex(if(state = 'damaged', $objects_bytes, ''))) AS objects,
     -- Last: a line that was cut lacks it, and COPY refuses the line.
     true AS complete
 FROM {database:Identifier}.{spans:Identifier}
-WHERE
-    $selection
-    AND SpanAttributes['logfire.span_type'] != 'pending_span'
-    AND outputs NOT IN ('', '[]')
+$sift
+    $span_type != 'pending_span'
+    AND $outputs NOT IN ('', '[]')
     AND (
-        position(outputs, '"item"') > 0
-        OR position(outputs, '\\u') > 0
-        OR NOT isValidJSON(outputs)
+        position($outputs, '"item"') > 0
+        OR position($outputs, '\\u') > 0
+        OR NOT isValidJSON($outputs)
     )
 
 -- name: traces
--- The traces in which a session occurs, in the order of their time.
--- `has` over the map's values is what its bloom filter answers; the key is compared after that.
-SELECT TraceId
+-- The traces in which a session occurs, and the seconds between which it does, in the order of time.
+SELECT
+    TraceId AS trace,
+    toString(toUnixTimestamp64Milli(toDateTime64(min(Timestamp), 3)) DIV 1000) AS since,
+    toString(toUnixTimestamp64Milli(toDateTime64(max(Timestamp), 3)) DIV 1000 + 1) AS until
 FROM {database:Identifier}.{spans:Identifier}
-WHERE
-    hasAny(mapValues(SpanAttributes), {sessions:Array(String)})
-    AND SpanAttributes['dreadnode.session.id'] IN {sessions:Array(String)}
+WHERE $having
 GROUP BY TraceId
 ORDER BY min(Timestamp), TraceId
 
 -- name: bounds
--- Between which seconds the spans of some traces start, and of how many it is known.
+-- Between which seconds the spans of some traces start, and of how many that is known. Whether what
+-- knows it began with the spans and goes as far as they do: otherwise it may know a trace in part.
 SELECT
-    toUnixTimestamp(min(Start)),
-    -- The older generation cuts to seconds.
-    toUnixTimestamp(max(End)) + 1,
-    uniqExact(TraceId)
+    toString(toUnixTimestamp(min(Start))) AS since,
+    -- Some generations cut to seconds.
+    toString(toUnixTimestamp(max(End)) + 1) AS until,
+    toString(uniqExact(TraceId)) AS known,
+    toString(
+        (SELECT toUnixTimestamp(min(Start)) FROM {database:Identifier}.{times:Identifier})
+        <= (SELECT toUnixTimestamp(min(Timestamp)) FROM {database:Identifier}.{spans:Identifier})
+        AND (SELECT toUnixTimestamp(max(End)) FROM {database:Identifier}.{times:Identifier})
+        >= (SELECT toUnixTimestamp(max(Timestamp)) FROM {database:Identifier}.{spans:Identifier})
+    ) AS goes_as_far
 FROM {database:Identifier}.{times:Identifier}
 WHERE TraceId IN {traces:Array(String)}
 
 -- name: reported
--- The items that spans reported which ended in a window, by key: no payload is read.
+-- The items that spans reported which ended after a position and up to a time: no payload is read.
 -- Spans of more than a day are left to the days' own rebuilds, so that few partitions are touched.
-WITH
-    SpanAttributes['dreadnode.outputs'] AS outputs,
-    SpanAttributes['dreadnode.project'] AS name,
-    toInt128(toUnixTimestamp64Nano(Timestamp)) + Duration AS ended_ns
-SELECT
-    trace_id,
-    project_name,
-    key,
-    toInt64(min(ended)) AS first_ended
+SELECT trace_id, project_name, dedupe_key, toInt64(min(ended)) AS ended_ns, true AS complete
 FROM (
     SELECT
         lower(TraceId) AS trace_id,
-        -- As in projects.sql.
-        if(match(name, '^[0-9A-Fa-f-]{32,36}$$'), lower(name), name) AS project_name,
+        $project AS project_name,
         arrayJoin(arrayMap(
             output -> JSONExtractString(output, 'attributes', 'dedupe_key'),
             arrayFilter(
-                output -> JSONExtractString(output, 'name') = 'item', JSONExtractArrayRaw(outputs)
+                output -> JSONExtractString(output, 'name') = 'item', JSONExtractArrayRaw($outputs)
             )
-        )) AS key,
-        intDiv(ended_ns, 1000000000) AS ended
+        )) AS dedupe_key,
+        toInt128(toUnixTimestamp64Nano(Timestamp)) + Duration AS ended
     FROM {database:Identifier}.{spans:Identifier}
-    WHERE
-        Timestamp >= fromUnixTimestamp64Milli(({since:Int64} - 86400) * 1000, 'UTC')
-        AND Timestamp <= fromUnixTimestamp64Milli({until:Int64} * 1000, 'UTC')
-        AND ended_ns > toInt128({since:Int64}) * 1000000000
-        AND ended_ns <= toInt128({until:Int64}) * 1000000000
-        AND has(mapKeys(SpanAttributes), 'dreadnode.outputs')
-        AND SpanAttributes['logfire.span_type'] != 'pending_span'
-        AND position(outputs, '"item"') > 0
+    $sift
+        $has_outputs
+        AND $span_type != 'pending_span'
+        AND position($outputs, '"item"') > 0
 )
 WHERE
     match(trace_id, '^[0-9a-f]{32}$$')
     -- Keys and names that could not stand in a table of tab-separated text exist nowhere else.
-    AND match(key, '^[[:print:]]{1,64}$$')
+    AND match(dedupe_key, '^[[:print:]]{1,64}$$')
     AND match(project_name, '^[^[:cntrl:]]{1,255}$$')
-GROUP BY trace_id, project_name, key
-ORDER BY first_ended, trace_id, key
+GROUP BY trace_id, project_name, dedupe_key
+HAVING (ended_ns, trace_id, project_name, dedupe_key)
+    > ({after:Int64}, {after_trace:String}, {after_project:String}, {after_key:String})
+ORDER BY ended_ns, trace_id, project_name, dedupe_key
 LIMIT {most:UInt64}

@@ -12,9 +12,18 @@ CREATE TEMP TABLE staged_spans (
     trace_id text NOT NULL,
     span_id text NOT NULL,
     run_id text NOT NULL,
-    project text NOT NULL,
+    project_name text NOT NULL,
+    -- As in projects.sql: what looks like a UUID may be spelled in capitals.
+    project text GENERATED ALWAYS AS (
+        CASE
+            WHEN project_name ~ '^[0-9A-Fa-f-]{32,36}$' THEN lower(project_name)
+            ELSE project_name
+        END
+    ) STORED,
     ended_ns bigint NOT NULL,
     whole boolean NOT NULL,
+    -- The platform answered a report of this span that it does not take it.
+    refused boolean NOT NULL,
     state text NOT NULL,
     outputs text STORAGE EXTERNAL NOT NULL,
     objects text STORAGE EXTERNAL NOT NULL,
@@ -32,6 +41,7 @@ CREATE TEMP TABLE staged_values (
     session_hint text,
     fetched boolean NOT NULL,
     uri text,
+    size numeric,
     reason text,
     detail text,
     value text STORAGE EXTERNAL
@@ -50,6 +60,7 @@ CREATE TEMP TABLE candidates (
     dedupe_key text,
     ended_ns bigint NOT NULL,
     uri text,
+    size numeric,
     item_type text,
     title text,
     ref text,
@@ -82,7 +93,8 @@ CREATE TEMP TABLE planned (
     candidate bigint NOT NULL,
     item_id uuid,
     action text NOT NULL, -- insert | refresh | unchanged
-    keeps_data boolean NOT NULL
+    keeps_data boolean NOT NULL,
+    fields text[] NOT NULL -- those that differ
 );
 
 CREATE TEMP TABLE planned_links (

@@ -1,32 +1,27 @@
-"""Finds items that spans reported and nobody stored: the direct POST failed, or never happened."""
+"""Finds items that spans reported and nobody stored: the direct POST failed, or never happened.
+
+Reported items have an order, by the end of their span first. A look begins behind a position in
+it and says how far it came, so that one look after the other sees every item once.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from everruns_pipelines.databases.clickhouse import ClickHouse
-from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.databases.sql_files import read_sql
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.items.database import ensure_schema
+from everruns_pipelines.items.reading import copy
 from everruns_pipelines.items.scope import know_projects
-from everruns_pipelines.items.span_table import SpanTable
+from everruns_pipelines.items.span_table import Position, SpanTable
 
-# Reported items looked at in one go.
-MOST_REPORTED = 5000
+_SQL = read_statements("everruns_pipelines.items", "unstored.sql")
 
-
-@dataclass(frozen=True)
-class Reported:
-    """Items that spans reported which ended between two times.
-
-    Args:
-        rows: trace, project as the span names it, dedupe key, end in seconds since the epoch.
-        until: the end of what was looked at.
-        is_cut: there was too much for one go, and `until` is earlier than asked.
-    """
-
-    rows: Sequence[Sequence[str]]
-    until: int
-    is_cut: bool
+# What one look reads at most: a look a minute keeps up with several thousand reports a second.
+MOST_REPORTED = 300_000
+# Only these come into the memory of this process.
+MOST_UNSTORED = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,45 +31,75 @@ class Unstored:
     organization: str
     workspace: str
     project: str
-    trace_id: str
-    dedupe_key: str
-    ended: int
+    position: Position
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that reported it."""
+        return self.position.trace_id
+
+    @property
+    def ended(self) -> int:
+        """When its span ended, in whole seconds since the epoch."""
+        return self.position.ended_ns // 1_000_000_000
 
 
-def find_reported(clickhouse: ClickHouse, table: str, since: int, until: int) -> Reported:
-    """The first `MOST_REPORTED` items of spans that ended after `since`, up to and with `until`.
+@dataclass(frozen=True)
+class Look:
+    """What a look at reported items found.
 
     Args:
-        table: the span table, database-qualified if need be.
-        since: like `until` in whole seconds since the epoch.
+        seen: how many items were looked at.
+        reached: how far it came; the next look begins there.
+    """
+
+    unstored: Sequence[Unstored]
+    seen: int
+    reached: Position
+
+
+def find_unstored(
+    postgres: PostgresDatabase,
+    clickhouse: ClickHouseDatabase,
+    after: Position,
+    until: Position,
+    patience: float,
+) -> Look:
+    """Look at the items of spans behind a position that ended until another one did.
+
+    Args:
+        patience: how long to wait for the embedded ClickHouse, in seconds.
 
     Raises:
-        Refusal: there is no such table.
+        Refusal: a table is missing, or the embedded ClickHouse is in use.
         ClickHouseFailure: ClickHouse cannot be asked.
+        psycopg.Error: PostgreSQL cannot be asked.
     """
-    rows = SpanTable(clickhouse, table).reported(since, until, MOST_REPORTED)
-    if len(rows) < MOST_REPORTED:
-        return Reported(rows, until, is_cut=False)
-    # What ended in the last second may have been cut: the next look begins before it.
-    return Reported(rows, max(since + 1, int(rows[-1][3]) - 1), is_cut=True)
+    if after >= until:
+        return Look([], 0, until)
+    with postgres.connect() as connection:
+        ensure_schema(connection)
+        know_projects(connection, None)
+        connection.execute(_SQL["stage"])
+        with clickhouse.connect(patience=patience) as opened:
+            table = SpanTable.of(opened, clickhouse.settings.spans_table)
+            query = table.reported(after, until.ended_ns, MOST_REPORTED)
+            copy(connection, _SQL["copy"], opened.stream(*query))
+        connection.execute("ANALYZE reported")
+        last = connection.execute(_SQL["last"]).fetchone()
+        rows = connection.execute(_SQL["unstored"], {"most": MOST_UNSTORED}).fetchall()
+    seen: int = 0 if last is None else last[0]
+    unstored = [Unstored(row[0], row[1], row[2], _position(row[3:])) for row in rows]
+    if len(unstored) == MOST_UNSTORED:
+        reached = unstored[-1].position
+    elif last is not None and seen == MOST_REPORTED:
+        reached = _position(last[1:])
+    else:
+        # Behind all that ended in that nanosecond.
+        reached = Position(until.ended_ns + 1)
+    return Look(unstored, seen, reached)
 
 
-def find_unstored(connection: Connection, reported: Reported) -> list[Unstored]:
-    """Which of the reported items of known projects are neither stored nor rejected.
-
-    Raises:
-        psycopg.Error: the tables cannot be read.
-    """
-    ensure_schema(connection)
-    know_projects(connection, None)
-    traces, projects, keys, ended = zip(*reported.rows, strict=True)
-    rows = connection.execute(
-        read_sql("everruns_pipelines.items", "unstored.sql"),
-        {
-            "traces": list(traces),
-            "projects": list(projects),
-            "keys": list(keys),
-            "ended": [int(seconds) for seconds in ended],
-        },
-    )
-    return [Unstored(*row) for row in rows]
+def _position(row: Sequence[Any]) -> Position:
+    ended_ns, trace_id, project, dedupe_key = row
+    return Position(ended_ns, trace_id, project, dedupe_key)

@@ -1,13 +1,45 @@
--- PostgreSQL: of the reported items, those that are neither stored nor told to be rejected.
+-- Which of the items that spans reported are stored.
+
+-- name: stage
+-- Temporary: gone with the connection.
+CREATE TEMP TABLE reported (
+    trace_id text NOT NULL,
+    project_name text NOT NULL,
+    dedupe_key text NOT NULL,
+    ended_ns bigint NOT NULL,
+    complete boolean NOT NULL CHECK (complete),
+    -- As in projects.sql: what looks like a UUID may be spelled in capitals.
+    project text GENERATED ALWAYS AS (
+        CASE
+            WHEN project_name ~ '^[0-9A-Fa-f-]{32,36}$' THEN lower(project_name)
+            ELSE project_name
+        END
+    ) STORED
+)
+
+-- name: copy
+COPY reported (trace_id, project_name, dedupe_key, ended_ns, complete) FROM STDIN
+
+-- name: last
+-- How many there are, and the last of them in their order.
+SELECT count(*) OVER (), ended_ns, trace_id, project_name, dedupe_key
+FROM reported
+ORDER BY
+    ended_ns DESC, trace_id COLLATE "C" DESC, project_name COLLATE "C" DESC,
+    dedupe_key COLLATE "C" DESC
+LIMIT 1
+
+-- name: unstored
+-- Those of known projects that are neither stored nor told to be rejected, in their order.
 SELECT
     workspace.organization_id::text,
     workspace.id::text,
     project.id::text,
+    reported.ended_ns,
     reported.trace_id,
-    reported.dedupe_key,
-    reported.ended
-FROM unnest(%(traces)s::text[], %(projects)s::text[], %(keys)s::text[], %(ended)s::bigint[])
-    WITH ORDINALITY AS reported (trace_id, project, dedupe_key, ended, position)
+    reported.project_name,
+    reported.dedupe_key
+FROM reported
 JOIN staged_projects AS known ON known.name = reported.project
 JOIN projects AS project ON project.id = known.project_id
 JOIN item_workspaces AS workspace ON workspace.id = project.workspace_id
@@ -20,4 +52,7 @@ WHERE
         SELECT FROM everruns_pipelines.item_rejections AS rejection
         WHERE rejection.project_id = project.id AND rejection.dedupe_key = reported.dedupe_key
     )
-ORDER BY reported.position
+ORDER BY
+    reported.ended_ns, reported.trace_id COLLATE "C", reported.project_name COLLATE "C",
+    reported.dedupe_key COLLATE "C"
+LIMIT %(most)s

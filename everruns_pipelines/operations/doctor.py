@@ -7,7 +7,6 @@ import psycopg
 
 from everruns_pipelines import dagster_storage
 from everruns_pipelines.databases.clickhouse import (
-    ClickHouse,
     ClickHouseDatabase,
     ClickHouseFailure,
 )
@@ -24,10 +23,9 @@ from everruns_pipelines.operations.alerts import receivers
 from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Part, Settings
 
-_SPAN_INDEXES = {
-    "TraceId": "finds the spans of a trace",
-    "mapValues(SpanAttributes)": "finds the spans of a session or a run",
-}
+_OLDEST_CLICKHOUSE = (24, 8)
+# What a server may be too old for, and since when there is such a thing.
+_NEWS = {"tables with JSON attributes": (25, 3), "text indexes": (26, 2)}
 
 
 @dataclass(frozen=True)
@@ -163,42 +161,37 @@ def _spans(settings: Settings) -> str:
     if not clickhouse.is_there():
         return "embedded, not used yet: set EVERRUNS_CLICKHOUSE_DSN to rebuild items from spans"
     with clickhouse.connect(patience=10.0) as opened:
-        table = SpanTable(opened, settings.spans_table)
-        table.check()
-        return _generation(opened, settings.spans_table)
+        return _span_table(SpanTable.of(opened, settings.spans_table), opened.version)
 
 
-def _generation(clickhouse: ClickHouse, table: str) -> str:
-    """Which of the exporter's two generations the span table is, once its indexes are there."""
-    database_name, _, name = table.rpartition(".")
-    names = {"database": database_name or clickhouse.database, "spans": name}
-    indexes = clickhouse.rows(
-        "SELECT expr FROM system.data_skipping_indices"
-        " WHERE database = {database:String} AND table = {spans:String}",
-        names,
-    )
-    present = {expression.replace(" ", "") for (expression,) in indexes}
-    lacking = [
-        f"{column}, which {why}" for column, why in _SPAN_INDEXES.items() if column not in present
-    ]
-    if lacking:
-        raise _Todo(f"{table} has no index on {'; nor on '.join(lacking)}: add a bloom_filter")
-    companion = clickhouse.rows(
-        "SELECT count() FROM system.tables"
-        " WHERE database = {database:String} AND name = {times:String}",
-        {**names, "times": f"{name}_trace_id_ts"},
-    )
-    if companion != [["1"]]:
-        raise _Todo(
-            f"{name}_trace_id_ts is missing: the exporter makes it; traces are found slower"
-        )
-    [[keys]] = clickhouse.rows(
-        "SELECT sorting_key FROM system.tables"
-        " WHERE database = {database:String} AND name = {spans:String}",
-        names,
-    )
-    generation = "older" if "toDateTime(Timestamp)" in keys else "newer"
-    return f"{table} of the exporter's {generation} generation, with its indexes"
+def _span_table(table: SpanTable, version: str) -> str:
+    """What the span table is, and how spans are found in it."""
+    server = tuple(int(part) for part in version.split(".")[:2])
+    if server < _OLDEST_CLICKHOUSE:
+        raise _Todo(f"ClickHouse {version} is older than 24.8, the oldest that is supported")
+    told = [f"{table.database}.{table.name}, {table.generation}, on ClickHouse {version}"]
+    told += [f"which is too old for {what}" for what, since in _NEWS.items() if server < since]
+    if table.is_json:
+        told.append("no index finds a trace, a session or a run: all spans are passed over")
+    elif table.is_plain:
+        lacking = [
+            f"{column}, which finds the spans of {what}"
+            for column, what, index in (
+                ("TraceId", "a trace", table.trace_index),
+                ("mapValues(SpanAttributes)", "a session or a run", table.value_index),
+            )
+            if index is None
+        ]
+        if lacking:
+            raise _Todo(
+                f"{table.name} has no index on {'; nor on '.join(lacking)}: add a bloom_filter"
+            )
+        told.append(f"spans are found by {table.trace_index} and {table.value_index} indexes")
+        if table.trace_index == "bloom_filter" and not table.has_companion():
+            told.append(f"{table.companion} is missing: many traces at once are found slower")
+    else:
+        told.append("how spans are found is up to the tables behind it")
+    return "; ".join(told)
 
 
 def _object_store(settings: Settings) -> str:

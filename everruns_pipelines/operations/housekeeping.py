@@ -9,21 +9,10 @@ import dagster as dg
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration import event_log
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.timetable import cron
 from everruns_pipelines.settings import Settings
-
-_FINISHED = [
-    dg.DagsterRunStatus.SUCCESS,
-    dg.DagsterRunStatus.FAILURE,
-    dg.DagsterRunStatus.CANCELED,
-]
-# What the UI would forget with the run.
-_KEPT_EVENTS = {
-    dg.DagsterEventType.ASSET_MATERIALIZATION,
-    dg.DagsterEventType.ASSET_CHECK_EVALUATION,
-}
-_PAGE = 200
 
 
 @dg.op(name="everruns_purge_outbox", pool="postgres")
@@ -46,29 +35,14 @@ def purge_outbox(
 def purge_runs(
     context: dg.OpExecutionContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> None:
-    """Remove records of runs that ended long ago, but for those that hold a materialization or a
-    check of an asset: Dagster would forget it.
+    """Remove records of runs that ended long ago, but for those that hold the newest
+    materialization or check of a partition: Dagster would forget it.
     """
     days = everruns_postgres.settings.runs_keep_days
     before = datetime.now(UTC) - timedelta(days=days)
-    removed = _purge_runs(context.instance, before)
+    removed = event_log.purge_runs(context.instance, before)
     context.log.info(f"{removed} run records removed that are over {days} days old")
     context.add_output_metadata({"removed": removed, "keep_days": days})
-
-
-def _purge_runs(instance: dg.DagsterInstance, before: datetime) -> int:
-    filters = dg.RunsFilter(statuses=_FINISHED, created_before=before)
-    removed = 0
-    # The last run that stays: what comes after it has not been looked at.
-    cursor: str | None = None
-    while runs := instance.get_runs(filters, cursor=cursor, limit=_PAGE):
-        for run in runs:
-            if instance.get_records_for_run(run.run_id, of_type=_KEPT_EVENTS, limit=1).records:
-                cursor = run.run_id
-            else:
-                instance.delete_run(run.run_id)
-                removed += 1
-    return removed
 
 
 def housekeeping(settings: Settings) -> dg.JobDefinition:
@@ -76,7 +50,7 @@ def housekeeping(settings: Settings) -> dg.JobDefinition:
 
     @dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
     def housekeeping() -> None:
-        """Remove old completed outbox rows, and old run records that hold no materialization."""
+        """Remove old completed outbox rows, and old run records that hold nothing newest."""
         if "reporting" in settings.parts:
             purge_outbox.alias("purge_outbox")()  # pyright: ignore[reportUnknownMemberType]
         if not settings.is_guest:
@@ -93,6 +67,6 @@ def housekeeping_schedule(settings: Settings) -> dg.ScheduleDefinition:
         cron_schedule=cron(settings.purge_at),
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description=f"Removes completed outbox rows after {settings.outbox_keep_days} days and "
-        f"run records without materialization after {settings.runs_keep_days}: "
+        f"run records that hold nothing newest after {settings.runs_keep_days}: "
         f"{settings.purge_at} UTC.",
     )

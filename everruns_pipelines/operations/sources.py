@@ -80,9 +80,10 @@ def _spans(clickhouse: ClickHouseDatabase) -> Seen:
     database, _, table = clickhouse.settings.spans_table.rpartition(".")
     with clickhouse.connect(patience=5.0) as opened:
         [[rows, newest]] = opened.rows(
-            "SELECT count(), toUnixTimestamp(max(Timestamp))"
+            "SELECT count() AS rows, toUnixTimestamp(max(Timestamp)) AS newest"
             " FROM {database:Identifier}.{spans:Identifier}",
             {"database": database or opened.database, "spans": table},
+            ["rows", "newest"],
         )
     seen = datetime.fromtimestamp(int(newest), UTC) if int(rows) else None
     return Seen(SPANS, int(rows), False, seen, datetime.now(UTC))

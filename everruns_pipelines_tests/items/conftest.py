@@ -1,5 +1,7 @@
 """Fixtures of the items half: a project in PostgreSQL, an empty span table in chDB."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -13,7 +15,7 @@ from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import PROJECT, World
 
-_OLDER, _NEWER = "otel_traces.sql", "otel_traces_newer.sql"
+_USUAL = "otel_traces.sql"
 
 
 @pytest.fixture(scope="session")
@@ -34,29 +36,31 @@ def postgres_url(items_database: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A chDB directory per generation of the span table."""
-    made: dict[str, Path] = {}
-    for generation in (_OLDER, _NEWER):
+
+    @cache
+    def made(generation: str) -> Path:
         directory = tmp_path_factory.mktemp("chdb") / "data"
         directory.mkdir()
         settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{directory}"})
         with ClickHouseDatabase(settings).connect() as clickhouse:
             for statement in span_tables(generation):
                 clickhouse.client.command(statement)
-        made[generation] = directory
+        return directory
+
     return made
 
 
 @pytest.fixture
 def generation() -> str:
-    return _OLDER
+    return _USUAL
 
 
 @pytest.fixture
-def engine(engines: dict[str, Path], generation: str) -> Path:
+def engine(engines: Callable[[str], Path], generation: str) -> Path:
     """A chDB directory with the span table; `World` empties it before its first span."""
-    return engines[generation]
+    return engines(generation)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from hashlib import sha1
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def _offloaded(name: str, uri: str) -> Row:
     return {**offloaded(uri), "key": key(name)}
 
 
+def _kept(name: str, directory: Path, body: Any) -> Row:
+    """An object that was offloaded into a directory as the SDK does it: by its hash."""
+    text = (body if isinstance(body, str) else json.dumps(body)).encode()
+    path = directory / sha1(text).hexdigest()[:16]
+    path.write_bytes(text)
+    return {**offloaded(f"file://{path}", len(text)), "key": key(name)}
+
+
 def test_an_offloaded_item_is_counted_and_told(world: World) -> None:
     world.add(Span(objects=[_offloaded("one", "s3://bucket/one"), _offloaded("two", "")]))
     done = world.rebuild()
@@ -47,11 +56,9 @@ def test_an_offloaded_item_is_recovered_from_a_directory(world: World, tmp_path:
         "other": envelope("somebody else's"),
         "list": [1],
     }
-    for name, body in bodies.items():
-        (store / "cas" / name).write_text(json.dumps(body))
-    (store / "cas" / "broken").write_text('{"dedupe_key": NaN')
-    names = (*bodies, "broken", "gone")
-    world.add(Span(objects=[_offloaded(name, f"file://{store}/cas/{name}") for name in names]))
+    bodies["broken"] = '{"dedupe_key": NaN'
+    kept = [_kept(name, store / "cas", body) for name, body in bodies.items()]
+    world.add(Span(objects=[*kept, _offloaded("gone", f"file://{store}/cas/gone")]))
     world.rebuild()
     assert set(world.reasons().values()) == {"offloaded"}
     done = _at(world, f"file://{store}").rebuild()
@@ -68,10 +75,9 @@ def test_an_offloaded_item_is_recovered_from_a_directory(world: World, tmp_path:
 def test_an_object_that_is_a_stored_item_does_not_stand_for_the_one_of_the_span(
     world: World, tmp_path: Path
 ) -> None:
-    (tmp_path / "x").write_text(json.dumps(envelope("stored")))
     world.add(
         Span([envelope("stored")], name="a"),
-        Span(objects=[_offloaded("one", f"file://{tmp_path}/x")], name="b"),
+        Span(objects=[_kept("one", tmp_path, envelope("stored"))], name="b"),
     )
     done = _at(world, f"file://{tmp_path}").rebuild()
     assert (done.processed, done.rejected) == (1, 1)
@@ -116,12 +122,14 @@ def test_a_uri_is_untrusted_input(world: World, tmp_path: Path) -> None:
 def test_an_offloaded_envelope_of_another_session_is_judged_once_it_is_read(
     world: World, tmp_path: Path
 ) -> None:
-    for name, session in (("mine", Span().session), ("theirs", OTHER_SESSION)):
-        (tmp_path / name).write_text(json.dumps(envelope(name, session_id=session)))
+    sessions = {"mine": Span().session, "theirs": OTHER_SESSION}
     world.add(
         Span(name="of the session"),
         Span(
-            objects=[_offloaded(name, f"file://{tmp_path}/{name}") for name in ("mine", "theirs")],
+            objects=[
+                _kept(name, tmp_path, envelope(name, session_id=session))
+                for name, session in sessions.items()
+            ],
             name="of another",
             session=OTHER_SESSION,
         ),
@@ -163,6 +171,23 @@ def test_a_store_without_its_library_is_refused(world: World) -> None:
         _at(world, "nosuch://bucket").rebuild()
 
 
+@pytest.mark.parametrize("change", ["body", "size"])
+def test_an_object_that_was_replaced_is_not_taken(
+    world: World, tmp_path: Path, change: str
+) -> None:
+    kept = _kept("one", tmp_path, envelope("one"))
+    if change == "size":
+        kept["size"] += 1
+    else:
+        path = Path(kept["uri"].removeprefix("file://"))
+        path.write_text(path.read_text().replace("title of one", "title of two"))
+    world.add(Span(objects=[kept]))
+    done = _at(world, f"file://{tmp_path}").rebuild()
+    assert (done.processed, done.offloaded) == (0, 1)
+    [rejection] = world.rejections()
+    assert "is not the one that was offloaded" in rejection["detail"]
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3-compatible server in this process; its bucket's prefix."""
@@ -183,9 +208,15 @@ def test_an_offloaded_item_is_recovered_from_s3(world: World, s3: str) -> None:
     filesystem: Any = import_module("s3fs").S3FileSystem(skip_instance_cache=True)
     filesystem.mkdir("bucket")
     large = envelope("large", data={"text": "x" * 2_000_000})
-    filesystem.pipe_file("bucket/prefix/cas/large", json.dumps(large).encode())
-    uris = {"large": f"{s3}/cas/large", "gone": f"{s3}/cas/gone", "far": "s3://bucket/cas/large"}
-    world.add(Span(objects=[_offloaded(name, uri) for name, uri in uris.items()]))
+    body = json.dumps(large).encode()
+    name = sha1(body).hexdigest()[:16]
+    filesystem.pipe_file(f"bucket/prefix/cas/{name}", body)
+    uris = {"large": f"{s3}/cas/{name}", "gone": f"{s3}/cas/gone", "far": f"s3://bucket/cas/{name}"}
+    world.add(
+        Span(
+            objects=[{**offloaded(uri, len(body)), "key": key(item)} for item, uri in uris.items()]
+        )
+    )
     done = _at(world, s3).rebuild()
     assert (done.inserted, done.offloaded) == (1, 2)
     assert world.items()[key("large")]["data"] == large["data"]

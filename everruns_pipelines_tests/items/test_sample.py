@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 from psycopg.types.json import Jsonb
 
+from everruns_pipelines_tests.items.generations import GENERATIONS
 from everruns_pipelines_tests.items.world import Row, World, exact
 
 _SAMPLE = Path(__file__).parent / "sample"
@@ -73,6 +74,13 @@ def _rebuild(world: World, session: str) -> Any:
 def _expected(before: dict[str, Row]) -> dict[str, Row]:
     """What the table must hold, from the reporter's side alone."""
     ends = {row["SpanId"]: _end(row) for row in _lines("spans.jsonl")}
+    # The SDK's tool reports one item a span: there the platform's refusal is that item's.
+    refused = {
+        row["SpanId"]
+        for row in _lines("spans.jsonl")
+        if "Item was not saved" in row["SpanAttributes"].get("dreadnode.tool.error", "")
+        and row["SpanAttributes"]["dreadnode.outputs"].count('"name":"item"') == 1
+    }
     expected: dict[str, Row] = {}
     refs: dict[str, str] = {row["ref"]: holder for holder, row in before.items() if row["ref"]}
     for truth in _lines("truth.jsonl"):
@@ -82,6 +90,8 @@ def _expected(before: dict[str, Row]) -> dict[str, Row]:
         if ref and refs.setdefault(ref, dedupe_key) != dedupe_key:
             continue
         known = before.get(dedupe_key)
+        if known is None and truth["span_id"] in refused:
+            continue
         data = exact(truth["data_in_span"])
         if known is not None and _sorted(known["data"]) == _sorted(data):
             data = known["data"]
@@ -123,7 +133,7 @@ def _sorted(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("generation", ["otel_traces.sql", "otel_traces_newer.sql"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_all_runs_of_the_sample_row_by_row(sample: World) -> None:
     before = sample.items(_PROJECT)
     expected = _expected(before)
@@ -139,7 +149,7 @@ def test_all_runs_of_the_sample_row_by_row(sample: World) -> None:
     for dedupe_key, row in expected.items():
         assert {name: after[dedupe_key][name] for name in row} == row
     assert (done.inserted, done.processed) == (len(after) - len(before), len(after))
-    assert (done.rejected, done.offloaded) == (4, 1)
+    assert (done.rejected, done.offloaded) == (5, 1)
 
 
 def test_the_kinds_of_the_sample(sample: World) -> None:

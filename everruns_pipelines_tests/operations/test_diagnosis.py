@@ -20,7 +20,7 @@ from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
-from everruns_pipelines.items.rebuild import ensure_schema
+from everruns_pipelines.items.database import ensure_schema
 from everruns_pipelines.operations.chart import Line, as_markdown
 from everruns_pipelines.operations.diagnosis import Databases, Day, Diagnosis, diagnose
 from everruns_pipelines.operations.doctor import Finding, examine
@@ -318,7 +318,13 @@ def test_the_doctor_looks_on_while_a_server_is_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("generation", "said"),
-    [("otel_traces.sql", "older generation"), ("otel_traces_newer.sql", "newer generation")],
+    [
+        ("otel_traces_older.sql", "the exporter's older generation"),
+        ("otel_traces.sql", "generation of 2024"),
+        ("otel_traces_newest_bloom.sql", "newest generation with bloom filters"),
+        ("otel_traces_newest_text.sql", "newest generation with text indexes"),
+        ("otel_traces_json.sql", "JSON generation"),
+    ],
 )
 def test_the_doctor_tells_generations_of_the_span_table(
     tmp_path: Path, generation: str, said: str
@@ -328,8 +334,16 @@ def test_the_doctor_tells_generations_of_the_span_table(
     with clickhouse.connect() as opened:
         for statement in span_tables(generation):
             opened.client.command(statement)
-    assert said in findings(settings)["spans"].text
-    with clickhouse.connect() as opened:
+    finding = findings(settings)["spans"]
+    assert finding.ok
+    assert said in finding.text
+
+
+def test_the_doctor_misses_an_index_on_values(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path}/spans"})
+    with ClickHouseDatabase(settings).connect() as opened:
+        for statement in span_tables():
+            opened.client.command(statement)
         opened.client.command("ALTER TABLE otel_traces DROP INDEX idx_span_attr_value")
     assert "no index on mapValues(SpanAttributes)" in findings(settings)["spans"].text
 

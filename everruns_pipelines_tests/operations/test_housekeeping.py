@@ -1,5 +1,6 @@
 """What housekeeping removes, and what it leaves."""
 
+import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,7 +10,9 @@ from dagster import DagsterInstance
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.operations import housekeeping as module
+from everruns_pipelines.orchestration import event_log
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import ROOT
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=40)
 
@@ -46,18 +49,18 @@ def keep_house(instance: DagsterInstance, settings: Settings) -> dict[str, int]:
     return removed
 
 
-def test_old_runs_go_unless_they_hold_a_materialization(
+def test_old_runs_go_unless_they_hold_the_newest_materialization(
     instance: DagsterInstance, settings: Settings, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(module, "_PAGE", 2)
+    monkeypatch.setattr(event_log, "_AT_ONCE", 2)
+    superseded = dg.materialize([something], instance=instance).run_id
     kept = {
-        dg.materialize([something], instance=instance).run_id,
         dg.materialize([something], instance=instance).run_id,
         instance.add_run(
             dg.DagsterRun("idle", status=dg.DagsterRunStatus.STARTED, run_id=_id(1))
         ).run_id,
     }
-    old = {idle.execute_in_process(instance=instance).run_id for _ in range(5)}
+    old = {idle.execute_in_process(instance=instance).run_id for _ in range(5)} | {superseded}
     _age_runs(instance)
     recent = idle.execute_in_process(instance=instance).run_id
     assert keep_house(instance, settings)["purge_runs"] == len(old)
@@ -65,6 +68,32 @@ def test_old_runs_go_unless_they_hold_a_materialization(
     assert kept | {recent} <= left
     assert not old & left
     assert keep_house(instance, settings)["purge_runs"] == 0
+
+
+def test_many_nights_and_lingering_runs_leave_no_more_than_what_is_newest(
+    connection: Connection, postgres_url: str, monkeypatch: Any
+) -> None:
+    """In PostgreSQL, as deployed: each night covers two days, a run in between touches the day."""
+    monkeypatch.setenv("EVERRUNS_DAGSTER_POSTGRES_URL", postgres_url)
+    days = dg.DailyPartitionsDefinition("2026-01-01", end_date="2026-01-31")
+
+    @dg.asset(partitions_def=days)
+    def daily() -> None: ...
+
+    sizes: list[int] = []
+    with DagsterInstance.from_config(str(ROOT)) as instance:
+        for day in range(1, 13):
+            for covered in (day, day + 1, day + 1):
+                dg.materialize([daily], instance=instance, partition_key=f"2026-01-{covered:02}")
+            event_log.purge_runs(instance, datetime.now(UTC) + timedelta(days=1))
+            row = connection.execute("SELECT count(*) FROM event_logs").fetchone()
+            assert row is not None
+            sizes.append(row[0])
+        assert len(instance.get_materialized_partitions(dg.AssetKey("daily"))) == 13
+        assert len(instance.get_runs()) == 13
+    per_day = sizes[1] - sizes[0]
+    assert [later - earlier for earlier, later in itertools.pairwise(sizes)] == [per_day] * 11
+    assert per_day < 8
 
 
 def test_outbox_rows_go_when_they_were_completed_long_ago(

@@ -12,14 +12,23 @@ import pytest
 from dagster import DagsterInstance, DagsterRun
 from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.orchestration.timetable import BackOff
-from everruns_pipelines.reporting.automation import SENSOR, reporting_outbox_sensor
+from everruns_pipelines.reporting.automation import (
+    HEALING_SENSOR,
+    SENSOR,
+    reporting_healing_sensor,
+    reporting_outbox_sensor,
+)
+from everruns_pipelines.reporting.backfill import BackfillRequest
+from everruns_pipelines.reporting.backfill import enqueue as enqueue_missing
 from everruns_pipelines.reporting.jobs import DRAINS
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.deployment import ROOT
+from everruns_pipelines_tests.reporting.world import drain_all
 
 
 @pytest.fixture
@@ -226,6 +235,55 @@ def test_a_cursor_of_another_version_is_forgotten(
 ) -> None:
     assert "Nothing is due" in said(tick(instance, postgres, "what is this?"))
     assert "Nothing is due" in said(tick(instance, postgres, '{"another": 1}'))
+
+
+def test_the_run_that_is_launched_lingers_for_what_becomes_due(
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    [request] = tick(instance, postgres).run_requests or []
+    assert request.run_config == {"ops": {"project": {"config": {"linger_seconds": 600}}}}
+
+
+def heal(
+    instance: DagsterInstance, postgres: PostgresDatabase, cursor: str | None = None
+) -> dg.SensorResult:
+    with dg.build_sensor_context(
+        instance=instance, cursor=cursor, resources={"everruns_postgres": postgres}
+    ) as context:
+        return cast("dg.SensorResult", reporting_healing_sensor(context))
+
+
+def test_what_is_missing_of_last_year_is_healed_and_then_there_is_a_pause(
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection
+) -> None:
+    load_sample_data(connection, events=60, days=400, enqueued_share=0)
+    found = heal(instance, postgres)
+    [request] = found.run_requests or []
+    assert request.run_config == {"ops": {"enqueue": {"config": {"limit": 10_000}}}}
+    assert "The next look is at" in said(heal(instance, postgres, found.cursor))
+    assert enqueue_missing(connection, BackfillRequest(limit=10_000))["enqueued"] > 0
+    drain_all(connection)
+    assert "Nothing is missing or stale" in said(heal(instance, postgres))
+
+
+def test_a_look_that_takes_too_long_is_left_to_a_run(
+    instance: DagsterInstance, postgres: PostgresDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long(connection: Connection) -> None:
+        connection.execute("SELECT pg_sleep(60)")
+
+    monkeypatch.setattr("everruns_pipelines.reporting.backfill.look", long)
+    monkeypatch.setattr("everruns_pipelines.reporting.automation.TICK_SECONDS", 1.0)
+    found = heal(instance, postgres)
+    assert len(found.run_requests or []) == 1
+
+    run = instance.add_run(
+        _run(dg.DagsterRunStatus.STARTED, {"dagster/sensor_name": HEALING_SENSOR}, {})
+    )
+    assert "is at work" in said(heal(instance, postgres, found.cursor))
+    instance.report_run_failed(run)
+    assert "The last 1 runs failed" in said(heal(instance, postgres, found.cursor))
 
 
 def test_a_tick_is_one_query_that_reads_no_table(postgres_url: str, connection: Connection) -> None:

@@ -184,7 +184,10 @@ def test_projecting_keeps_to_the_organization_and_the_number_of_rows(
     assert sorted(left) == [(ours, 1), (theirs, 1)]
 
 
-def test_progress_tells_what_is_left_for_this_run_to_do(world: World, settings: Settings) -> None:
+def test_progress_tells_what_is_left_for_this_run_to_do(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everruns_pipelines.reporting.jobs._TELL_SECONDS", 0)
     ours, theirs = world.org(), world.org()
     for org in (ours, ours, ours, ours, theirs, theirs):
         world.tool_call(org)

@@ -38,6 +38,10 @@ GRANTS = (
     Grant("of-acme", frozenset({"items:admin"}), organization="acme"),
     Grant("fuzz", frozenset({"reports:admin", "items:admin"})),
 )
+LOCATION = InProcessCodeLocationOrigin(
+    LoadableTargetOrigin(module_name="everruns_pipelines.definitions"),
+    location_name="everruns_pipelines",
+)
 BACKFILL = "/v1/reports/admin/backfill"
 REBUILD = "/v1/org/acme/ws/red/projects/webapp/items/rebuild"
 
@@ -116,7 +120,9 @@ def serve(
         ) -> Generator[Served]:
             address = Address("127.0.0.1", free_port(), prefix)
             with WorkspaceProcessContext(
-                instance, workspace_load_target=_location(), read_only=read_only
+                instance,
+                workspace_load_target=InProcessWorkspaceLoadTarget(LOCATION),
+                read_only=read_only,
             ) as context:
                 changed = settings.model_copy(update=changes)
                 app = create_app(context, changed, address, read_only=read_only)
@@ -158,15 +164,6 @@ def _add_projects(connection: Connection) -> None:
             ") INSERT INTO projects (workspace_id, slug) SELECT id, 'webapp' FROM workspace",
             [name],
         )
-
-
-def _location() -> InProcessWorkspaceLoadTarget:
-    return InProcessWorkspaceLoadTarget(
-        InProcessCodeLocationOrigin(
-            LoadableTargetOrigin(module_name="everruns_pipelines.definitions"),
-            location_name="everruns_pipelines",
-        )
-    )
 
 
 @contextmanager

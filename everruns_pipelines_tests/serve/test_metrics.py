@@ -2,17 +2,28 @@
 
 import re
 import subprocess
+import time
 from pathlib import Path
 from shutil import copytree
+from uuid import uuid4
 
 import pytest
 from dagster import AssetKey, AssetMaterialization, MetadataValue, TableRecord
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.remote_origin import RemoteInstigatorOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import (
+    InstigatorState,
+    InstigatorStatus,
+    TickData,
+    TickStatus,
+)
+from dagster_shared.error import SerializableErrorInfo
 from prometheus_client.parser import text_string_to_metric_families
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines_tests.deploy.services import needs
 from everruns_pipelines_tests.deployment import ROOT
-from everruns_pipelines_tests.serve.conftest import BACKFILL, Served
+from everruns_pipelines_tests.serve.conftest import BACKFILL, LOCATION, Served
 from everruns_pipelines_tests.serve.test_refusals import ASYNC
 
 RULES = ROOT / "deploy" / "prometheus"
@@ -80,6 +91,33 @@ def test_runs_and_requests_are_told(served: Served) -> None:
     assert told["everruns_runs"]["backfill_reporting,queued"] == 1
     assert told["everruns_api_requests"]["backfill,202"] >= 1
     assert set(told["everruns_scrape_failed"].values()) == {0}
+
+
+def test_ticks_that_failed_are_told(served: Served) -> None:
+    origin = f"origin-{uuid4()}"
+    state = InstigatorState(
+        RemoteInstigatorOrigin(repository_origin(), "a_sensor"),
+        InstigatorType.SENSOR,
+        InstigatorStatus.RUNNING,
+    )
+    served.instance.add_instigator_state(state)
+    for ago in (60, 7200):
+        served.instance.create_tick(
+            TickData(
+                origin,
+                "a_sensor",
+                InstigatorType.SENSOR,
+                TickStatus.FAILURE,
+                time.time() - ago,
+                error=SerializableErrorInfo("it failed", [], None),
+                selector_id=state.selector_id,
+            )
+        )
+    assert scraped(served)["everruns_sensor_failed_ticks"]["a_sensor"] == 1
+
+
+def repository_origin() -> RemoteRepositoryOrigin:
+    return RemoteRepositoryOrigin(LOCATION, "__repository__")
 
 
 def test_every_metric_of_the_rules_is_one_that_is_told(served: Served) -> None:
