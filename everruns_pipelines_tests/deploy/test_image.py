@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,11 +83,14 @@ def image(buildah: Buildah, scratch: Path) -> str:
     buildah("commit", "--quiet", container, "base")
     base.unlink()
     wheels = scratch / "wheels"
-    for lock in ("requirements-uv.lock", "deploy/requirements.lock"):
+    for name in ("requirements-uv.lock", "deploy/requirements.lock"):
+        # Debian's Python may be an older 3.11 than ours, and need what ours does not.
+        lock = scratch / "lock.txt"
+        lock.write_text(re.sub("; python_full_version < '[0-9.]+'", "", (ROOT / name).read_text()))
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-                *("--require-hashes", "-r", str(ROOT / lock), "-d", str(wheels)),
+                *("--require-hashes", "-r", str(lock), "-d", str(wheels)),
             ],
             check=True,
             capture_output=True,
