@@ -1,5 +1,6 @@
 """A webserver and a daemon on this machine, for the tests that need a deployment."""
 
+import json
 import os
 import re
 import socket
@@ -11,9 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copy
+from typing import Any
 from urllib import request
 
 ROOT = Path(__file__).parents[1]
+_SENSOR = """
+query {
+  sensorOrError(
+    sensorSelector: {
+      repositoryLocationName: "everruns_pipelines"
+      repositoryName: "__repository__"
+      sensorName: "reporting_healing_sensor"
+    }
+  ) { ... on Sensor { id } }
+}
+"""
 
 
 @dataclass
@@ -42,6 +55,12 @@ class LiveDeployment:
     def wait_for_webserver(self) -> None:
         until(self._answers, "the webserver answers")
 
+    def stop_healing(self) -> None:
+        """What a test has lost is the test's to repair."""
+        found = self._ask(_SENSOR)["sensorOrError"]
+        stopped = self._ask("mutation($id: String) { stopSensor(id: $id) { __typename } }", found)
+        assert stopped["stopSensor"]["__typename"] == "StopSensorMutationResult"
+
     def stop(self, name: str) -> None:
         process = self.processes.pop(name)
         process.terminate()
@@ -56,6 +75,13 @@ class LiveDeployment:
                 stdout=log,
                 stderr=log,
             )
+
+    def _ask(self, query: str, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables or {}}).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = request.Request(f"{self.url}/graphql", body, headers)
+        with request.urlopen(asked, timeout=30) as answer:
+            return json.load(answer)["data"]
 
     def _answers(self) -> bool:
         try:
@@ -72,8 +98,9 @@ def live_deployment(home: Path, environment: Mapping[str, str]) -> Generator[Liv
     deployment = LiveDeployment(home, environment, free_port())
     try:
         deployment.start_webserver()
-        deployment.start_daemon()
         deployment.wait_for_webserver()
+        deployment.stop_healing()
+        deployment.start_daemon()
         yield deployment
     finally:
         for name in tuple(deployment.processes):
