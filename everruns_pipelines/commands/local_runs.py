@@ -55,15 +55,15 @@ def run_job(
     if not result.success:
         raise _why_failed(result)
     # What an op counted beside its answer stands in the metadata, as it does over GraphQL.
-    return {
-        event.step_key: {
-            name: value.value
-            for name, value in event.step_output_data.metadata.items()
-            if isinstance(value, dg.IntMetadataValue)
-        }
-        for event in result.filter_events(lambda event: event.is_successful_output)
-        if event.step_key is not None
-    }
+    counted: dict[str, dict[str, Any]] = {}
+    for event in result.filter_events(lambda event: event.is_successful_output):
+        if event.step_key is not None:
+            counted.setdefault(event.step_key, {}).update(
+                (name, value.value)
+                for name, value in event.step_output_data.metadata.items()
+                if isinstance(value, dg.IntMetadataValue)
+            )
+    return counted
 
 
 def _tags(origin: str, run_config: Mapping[str, Any]) -> dict[str, str]:
