@@ -32,13 +32,13 @@ demo: install ## the main job end to end on embedded databases, with sample data
 	$(BIN)/everruns-pipelines demo
 
 test: install ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not deploy'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not deploy and not image'
 
 test-deploy: install $(KUBERNETES)/.installed ## the tests that need Debian's packages or other engines
-	$(BIN)/pytest -n 2 --dist loadfile -m deploy
+	$(BIN)/pytest -n 2 --dist loadfile -m deploy -rs
 
 image-test: install ## build the image with buildah, and run doctor, a backfill and serve from it
-	$(BIN)/pytest everruns_pipelines_tests/deploy/test_image.py
+	$(BIN)/pytest -m image
 
 check: install ## lint, format, types and definitions
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def running(
         return is_ready()
 
     try:
-        until(is_up, f"{Path(command[0]).name} is ready", 60)
+        until(is_up, f"{Path(command[0]).name} is ready")
         yield process
     finally:
         process.send_signal(stop_by)

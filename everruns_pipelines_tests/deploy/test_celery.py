@@ -114,7 +114,7 @@ def test_what_a_killed_worker_did_is_found_and_done_again_once(
 
         deployment.kill("first")
 
-        until(lambda: deployment.status(run) == "FAILURE", "the dead run is found", 45)
+        until(lambda: deployment.status(run) == "FAILURE", "the dead run is found")
         until(lambda: len(deployment.retries_of(run)) == 1, "it is launched again")
         let_go()
     [retry] = deployment.retries_of(run)

@@ -20,7 +20,7 @@ from everruns_pipelines_tests.deploy.services import HOST, PostgresServer, needs
 from everruns_pipelines_tests.deployment import ROOT, free_port
 
 pytestmark = [
-    pytest.mark.deploy,
+    pytest.mark.image,
     needs("buildah", "buildah"),
     needs("mmdebstrap", "mmdebstrap"),
     pytest.mark.skipif(os.geteuid() != 0, reason="chroot isolation needs root"),
