@@ -21,12 +21,14 @@ def run_job(
     *,
     log_level: str = "INFO",
     origin: str = "cli",
+    tags: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run `job` with the given config per op; what each op answered.
 
     Args:
         log_level: the least that is logged to standard error. INFO is what the ops say.
         origin: where the run comes from, for its tags.
+        tags: more of them, such as those of a range of days.
 
     Raises:
         Refusal: the request was refused.
@@ -45,7 +47,7 @@ def run_job(
                 .get_job_def(job)
                 .execute_in_process(
                     run_config=run_config,
-                    tags=_tags(origin, run_config),
+                    tags={**_tags(origin, run_config), **(tags or {})},
                     instance=instance,
                     raise_on_error=False,
                 )
@@ -55,15 +57,15 @@ def run_job(
     if not result.success:
         raise _why_failed(result)
     # What an op counted beside its answer stands in the metadata, as it does over GraphQL.
-    return {
-        event.step_key: {
-            name: value.value
-            for name, value in event.step_output_data.metadata.items()
-            if isinstance(value, dg.IntMetadataValue)
-        }
-        for event in result.filter_events(lambda event: event.is_successful_output)
-        if event.step_key is not None
-    }
+    counted: dict[str, dict[str, Any]] = {}
+    for event in result.filter_events(lambda event: event.is_successful_output):
+        if event.step_key is not None:
+            counted.setdefault(event.step_key, {}).update(
+                (name, value.value)
+                for name, value in event.step_output_data.metadata.items()
+                if isinstance(value, dg.IntMetadataValue)
+            )
+    return counted
 
 
 def _tags(origin: str, run_config: Mapping[str, Any]) -> dict[str, str]:

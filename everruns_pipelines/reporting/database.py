@@ -32,7 +32,7 @@ def needed_columns() -> dict[str, list[str]]:
     """Every table of the platform that reporting touches, and the columns of it."""
     needed = {t: [column.name for column in columns] for t, columns in SOURCE_COLUMNS.items()}
     needed["organizations"] = ["org_id"]
-    needed["reporting_outbox"] = _OUTBOX.split()
+    needed["reporting_outbox"] = list(_OUTBOX.split())
     for fact in FACTS:
         needed[fact.table] = [column.name for column in fact.columns] + ["projected_at"]
     return needed

@@ -12,7 +12,7 @@ _RELATION = re.compile(r"\b(?:FROM|JOIN)\s+(\w+)")
 
 def tables_of(fact: Fact) -> list[str]:
     """The platform's tables whose rows its rows are made of, archives included."""
-    made_of = set(_OF_DIMENSIONS)
+    made_of: set[str] = set(_OF_DIMENSIONS)
     for projection in fact.projections:
         made_of.update(projection.source.tables, _named_in(projection))
     return [table for table in SOURCE_COLUMNS if table in made_of]
