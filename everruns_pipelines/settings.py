@@ -212,8 +212,8 @@ class Settings(BaseModel):
         alias="EVERRUNS_API_TOKENS",
         description="a file of lines that `everruns-pipelines token` printed",
     )
-    allowed_hosts: str = Field(
-        "",
+    allowed_hosts: str | None = Field(
+        None,
         alias="EVERRUNS_ALLOWED_HOSTS",
         pattern=rf"^{_HOST}(\s*,\s*{_HOST})*$",
         description="host names without ports, separated by commas",

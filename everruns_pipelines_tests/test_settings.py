@@ -111,6 +111,20 @@ WRONG = {
     ),
     ("EVERRUNS_OUTBOX_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
     ("EVERRUNS_RUNS_KEEP_DAYS", "a whole number of days from 1 to 3650"): ("secret", "0", "3651"),
+    ("EVERRUNS_LINGER_SECONDS", "a whole number of seconds from 0 to 3600"): (
+        "secret",
+        "-1",
+        "3601",
+    ),
+    ("EVERRUNS_HEAL_SECONDS", "a whole number of seconds from 60 to 86400"): (
+        "secret",
+        "59",
+        "86401",
+    ),
+    (
+        "EVERRUNS_ALERT_URLS",
+        "Apprise URLs, separated by white space: json://host/path mailto://...",
+    ): ("secret", "json://host secret"),
     ("EVERRUNS_MAX_PARTITIONS_PER_RUN", "a whole number of days from 1 to 3650"): (
         "secret",
         "0",
@@ -137,7 +151,8 @@ def test_a_wrong_value_is_one_line_that_names_it_and_what_is_expected(
 
 def test_every_variable_of_the_interface_has_a_wrong_value_above() -> None:
     of_other_tests = {"EVERRUNS_GRAPHQL_HEADERS"}
-    aliases = {str(field.alias) for field in Settings.model_fields.values()}
+    fields = Settings.model_fields.values()
+    aliases = {field.alias for field in fields if field.alias is not None}
     assert {name for name, _ in WRONG} == aliases - of_other_tests
 
 

@@ -98,7 +98,7 @@ def _first_step(path: str, prefix: str) -> str:
 
 
 def _hosts(settings: Settings, address: Address) -> frozenset[str]:
-    told = [name.strip() for name in settings.allowed_hosts.split(",")]
+    told = [name.strip() for name in (settings.allowed_hosts or "").split(",")]
     if settings.public_url is not None:
         told.append(origin_of(settings.public_url).partition("://")[2])
     names = (name_of(host) for host in (*told, address.host) if host)

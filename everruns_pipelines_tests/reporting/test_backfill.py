@@ -468,12 +468,14 @@ def test_a_look_counts_all_that_is_missing_and_tells_since_when(world: Connectio
         " ('turn.completed', 'turn.failed', 'turn.cancelled')",
     )
     generation = _value(world, "SELECT min(created_at) FROM llm_generations")
-    assert look(world) == {
-        "event": Missing(len(turns), oldest),
-        "llm_generation": Missing(1, generation),
-        "session": Missing(1, changed),
-        "usage_ledger": Missing(),
+    found = look(world)
+    assert {source_type: (one.sources, one.oldest) for source_type, one in found.items()} == {
+        "event": (len(turns), oldest),
+        "llm_generation": (1, generation),
+        "session": (1, changed),
+        "usage_ledger": (0, None),
     }
+    assert found["llm_generation"].days == [generation.date()]
     assert _outbox(world) == []
     _backfill(world, limit=1, source_types=["event"])
     assert look(world)["event"].sources == len(turns) - 1

@@ -259,6 +259,8 @@ def test_each_fact_and_day_that_was_touched_is_reported_as_materialized(
         "unchanged": 0,
         "removed": 0,
         "rejected": 0,
+        "materialized": "rows of the outbox",
+        "dagster/partition_row_count": 1,
     }
 
 
