@@ -44,7 +44,7 @@ def run_job(
         try:
             result = (
                 build_definitions(settings)
-                .get_job_def(job)
+                .resolve_job_def(job)
                 .execute_in_process(
                     run_config=run_config,
                     tags={**_tags(origin, run_config), **(tags or {})},
