@@ -27,7 +27,7 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.home import dagster_home
 from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.reporting.catalog import FACTS
-from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.database import create_indexes, prepare
 from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.settings import Settings
 
@@ -71,6 +71,7 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
     """The settings to go on with: their first partition is the day of the first event."""
     with _step(console, f"PostgreSQL 18 under {settings.home}, with the platform's tables"):
         prepare(connection)
+        create_indexes(connection)
         first, last = _sample_data(connection)
     settings = settings.model_copy(update={"reporting_start": first})
     with _step(console, "The job project_reporting: projecting what the application enqueued"):
