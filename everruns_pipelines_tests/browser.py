@@ -71,11 +71,11 @@ def look_around(page: Page, pictures: Path) -> None:
     """See the asset graph, a partitioned fact and the health chart."""
     page.set_viewport_size({"width": 1440, "height": 1300})
     page.goto("/asset-groups")
-    expect(page.get_by_text("operations", exact=True)).to_have_count(2)
+    expect(page.get_by_text("operations", exact=True).first).to_be_visible()
     page.keyboard.press("Alt+e")
     expect(page.get_by_text("fact_tool_call", exact=True)).to_be_visible()
     expect(page.get_by_text(re.compile("^Loading"))).to_have_count(0)
-    expect(page.get_by_text("Materialized", exact=True)).to_have_count(1)
+    expect(page.get_by_text("Materialized", exact=True).first).to_be_visible()
     page.screenshot(path=pictures / "assets.png")
     page.set_viewport_size(_WINDOW)
     yesterday = datetime.now(UTC).date() - timedelta(days=1)
@@ -86,6 +86,16 @@ def look_around(page: Page, pictures: Path) -> None:
     page.get_by_text("[Show Markdown]").click()
     expect(page.get_by_role("img", name="Lag in seconds")).to_be_visible()
     page.screenshot(path=pictures / "health.png")
+    page.goto(f"/{_LOCATION}/resources")
+    expect(page.get_by_text("everruns_postgres", exact=True)).to_be_visible()
+    page.screenshot(path=pictures / "resources.png")
+
+
+def see_failed_check(page: Page, picture: Path) -> None:
+    """See which days a failed check found wrong."""
+    page.goto("/assets/fact_tool_call?view=checks&checkDetail=no_missing_rows")
+    expect(page.get_by_text(re.compile("missing rows in"))).to_be_visible()
+    page.screenshot(path=picture)
 
 
 def make_pictures(pictures: Path) -> None:
@@ -105,7 +115,10 @@ def make_pictures(pictures: Path) -> None:
             deployment.run("measure_health", {})
             connection.execute("DELETE FROM fact_turn")
             deployment.run("measure_health", {})
+            connection.execute("DELETE FROM fact_tool_call WHERE hashtext(source_key) % 3 = 0")
+            deployment.run("check_reporting", {})
             with opened(live.url) as page:
+                see_failed_check(page, pictures / "checks.png")
                 launch_backfill(page, 10_000, pictures / "backfill.png")
                 deployment.run("measure_health", {})
                 look_around(page, pictures)

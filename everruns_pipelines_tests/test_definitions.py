@@ -115,6 +115,8 @@ def _asset(spec: dg.AssetSpec) -> dict[str, Any]:
         "group": spec.group_name,
         "kinds": sorted(spec.kinds),
         "owners": list(spec.owners),
+        "tags": {name: value for name, value in spec.tags.items() if "/kind/" not in name},
+        "table": spec.metadata.get("dagster/table_name"),
         "from": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
         "partitions": type(spec.partitions_def).__name__ if spec.partitions_def else None,
         "freshness": type(spec.freshness_policy).__name__ if spec.freshness_policy else None,

@@ -1,10 +1,12 @@
 """The main job before the reader's eyes: facts are lost, found missing, and repaired."""
 
 import json
+import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +24,10 @@ from everruns_pipelines.databases.embedded.sample_items import (
 )
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.home import dagster_home
+from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.reporting.catalog import FACTS
-from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.reporting.database import create_indexes, prepare
 from everruns_pipelines.reporting.reconcile import compare_days
 from everruns_pipelines.settings import Settings
 
@@ -44,42 +48,55 @@ def demonstrate(settings: Settings) -> None:
             "unset EVERRUNS_POSTGRES_URL, EVERRUNS_ITEMS_POSTGRES_URL and EVERRUNS_CLICKHOUSE_DSN"
         )
     console = Console(stderr=True)
+    # Where `dev` looks for runs, so that it shows those of the demo.
+    os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
     with PostgresDatabase(settings).connect() as connection:
         if "reporting" in settings.parts:
-            _reporting(settings, connection, console)
+            settings = _reporting(settings, connection, console)
         if "items" in settings.parts:
             _items(settings, connection, console)
+    console.print()
+    with _step(console, "The job measure_health: all is right again"):
+        _run(settings, "measure_health")
+    console.print(f"\nnext: {_next(settings)}", soft_wrap=True)
 
 
-def _reporting(settings: Settings, connection: Connection, console: Console) -> None:
+def _next(settings: Settings) -> str:
+    """What to type to see in the UI what the demo did."""
+    start = f"EVERRUNS_REPORTING_START={settings.reporting_start}"
+    return f"`{start} make dev`, then open http://127.0.0.1:3000/asset-groups"
+
+
+def _reporting(settings: Settings, connection: Connection, console: Console) -> Settings:
+    """The settings to go on with: their first partition is the day of the first event."""
     with _step(console, f"PostgreSQL 18 under {settings.home}, with the platform's tables"):
         prepare(connection)
+        create_indexes(connection)
         first, last = _sample_data(connection)
+    settings = settings.model_copy(update={"reporting_start": first})
     with _step(console, "The job project_reporting: projecting what the application enqueued"):
-        run_job(settings, "project_reporting", {"project": {}}, log_level="WARNING", origin="demo")
+        _run(settings, "project_reporting", {"project": {}})
     with _step(console, "Losing facts by hand: all of yesterday's turns, a third of tool calls"):
         _lose_facts(connection, last - timedelta(days=1))
+    with _step(console, "The job measure_health: its checks fail"):
+        _run(settings, "measure_health")
     _show(console, connection, first, last, "After the loss")
     with _step(console, f"The job backfill_reporting: finding and projecting up to {_LIMIT}"):
-        outputs = run_job(
-            settings,
-            "backfill_reporting",
-            {"enqueue": {"limit": _LIMIT}, "project": {}},
-            log_level="WARNING",
-            origin="demo",
-        )
+        outputs = _backfill(settings)
     _show(console, connection, first, last, "After the backfill")
     with _step(console, "The same job again: there is nothing left to enqueue"):
-        again = run_job(
-            settings,
-            "backfill_reporting",
-            {"enqueue": {"limit": _LIMIT}, "project": {}},
-            log_level="WARNING",
-            origin="demo",
-        )
+        again = _backfill(settings)
     console.print(f"  {json.dumps(again['enqueue'])}", soft_wrap=True)
     console.print("\nThe result of the backfill, as the API answers it:")
     _answer(console, outputs["enqueue"])
+    with _step(console, "The job materialize_reporting: every day compared with its sources"):
+        _materialize(settings, "materialize_reporting", first)
+    return settings
+
+
+def _backfill(settings: Settings) -> dict[str, dict[str, Any]]:
+    config = {"enqueue": {"limit": _LIMIT}, "project": {}}
+    return _run(settings, "backfill_reporting", config)
 
 
 def _items(settings: Settings, connection: Connection, console: Console) -> None:
@@ -93,13 +110,30 @@ def _items(settings: Settings, connection: Connection, console: Console) -> None
     for session in (LOST_SESSION, TRIAGED_SESSION):
         with _step(console, f"The job rebuild_items: session {session}"):
             counts = _rebuild(settings, session)
-        console.print(f"  {json.dumps(counts)}")
+        console.print(f"  {json.dumps(counts)}", soft_wrap=True)
     _show_items(console, connection, "Items after: triage untouched, titles as reported")
     with _step(console, "The same job again: there is nothing left to change"):
         again = _rebuild(settings, TRIAGED_SESSION)
     console.print(f"  {json.dumps(again)}", soft_wrap=True)
     console.print("\nThe result of that rebuild, as the API answers it:")
     _answer(console, {"processed": again["processed"]})
+    with _step(console, "The job materialize_items: a day of spans, for all projects"):
+        _materialize(settings, "materialize_items", datetime.now(UTC).date() - timedelta(days=1))
+
+
+def _materialize(settings: Settings, job: str, first: date) -> None:
+    """All days from `first` to today, in one run."""
+    today = datetime.now(UTC).date()
+    _run(settings, job, tags=day_range_tags(settings, today, (today - first).days + 1))
+
+
+def _run(
+    settings: Settings,
+    job: str,
+    ops: Mapping[str, Mapping[str, Any]] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    return run_job(settings, job, ops or {}, log_level="CRITICAL", origin="demo", tags=tags)
 
 
 def _answer(console: Console, counts: dict[str, int]) -> None:
@@ -116,9 +150,7 @@ def _rebuild(settings: Settings, session: str) -> dict[str, int]:
         "project": PROJECT,
         "session_id": session,
     }
-    return run_job(
-        settings, "rebuild_items", {"rebuild": config}, log_level="WARNING", origin="demo"
-    )["rebuild"]
+    return _run(settings, "rebuild_items", {"rebuild": config})["rebuild"]
 
 
 def _show_items(console: Console, connection: Connection, title: str) -> None:

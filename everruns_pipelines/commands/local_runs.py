@@ -21,12 +21,14 @@ def run_job(
     *,
     log_level: str = "INFO",
     origin: str = "cli",
+    tags: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run `job` with the given config per op; what each op answered.
 
     Args:
         log_level: the least that is logged to standard error. INFO is what the ops say.
         origin: where the run comes from, for its tags.
+        tags: more of them, such as those of a range of days.
 
     Raises:
         Refusal: the request was refused.
@@ -42,10 +44,10 @@ def run_job(
         try:
             result = (
                 build_definitions(settings)
-                .get_job_def(job)
+                .resolve_job_def(job)
                 .execute_in_process(
                     run_config=run_config,
-                    tags=_tags(origin, run_config),
+                    tags={**_tags(origin, run_config), **(tags or {})},
                     instance=instance,
                     raise_on_error=False,
                 )

@@ -119,7 +119,11 @@ def span_table(settings: Settings) -> dg.AssetSpec:
         "exporter: read, never written.",
         kinds={"clickhouse"},
         owners=["team:everruns"],
-        metadata={"dagster/column_schema": _SPAN_SCHEMA},
+        metadata={
+            "dagster/column_schema": _SPAN_SCHEMA,
+            "dagster/table_name": settings.spans_table,
+        },
+        tags={"domain": "items"},
     )
 
 

@@ -26,7 +26,8 @@ from everruns_pipelines.orchestration.checks import (
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
-from everruns_pipelines.reporting.catalog import FACTS, SOURCES, Column, Fact
+from everruns_pipelines.reporting.catalog import FACTS, Column, Fact
+from everruns_pipelines.reporting.lineage import tables_of
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
 
@@ -53,17 +54,23 @@ class FactConfig(dg.Config):
 
 
 def source_assets(settings: Settings) -> list[dg.AssetSpec]:
-    """The platform's tables that facts are made from: shown in the lineage, never written."""
+    """The platform's tables that facts are made of: shown in the lineage, never written."""
+    made_of = {table for fact in FACTS for table in tables_of(fact)}
     return [
         dg.AssetSpec(
-            asset_key(settings, source.table),
+            asset_key(settings, table),
             group_name="platform",
-            description=f"The platform's table {source.table}: read, never written.",
+            description=f"The platform's table {table}: read, never written.",
             kinds={"postgres"},
             owners=OWNERS,
-            metadata={"dagster/column_schema": _schema(SOURCE_COLUMNS[source.table])},
+            metadata={
+                "dagster/column_schema": _schema(columns),
+                "dagster/table_name": f"public.{table}",
+            },
+            tags={"domain": "reporting"},
         )
-        for source in SOURCES
+        for table, columns in SOURCE_COLUMNS.items()
+        if table in made_of
     ]
 
 
@@ -86,7 +93,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         description=fact.description,
         kinds={"postgres", "sql"},
         owners=OWNERS,
-        deps=[asset_key(settings, source.table) for source in fact.sources],
+        deps=[asset_key(settings, table) for table in tables_of(fact)],
         partitions_def=partitions,
         backfill_policy=backfill_policy(settings),
         code_version=fact.version,
@@ -96,8 +103,9 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         ),
         metadata={
             "dagster/column_schema": _schema(fact.columns),
-            "dagster/relation_identifier": fact.table,
+            "dagster/table_name": f"public.{fact.table}",
         },
+        tags={"domain": "reporting"},
     )
     def materialize(
         context: dg.AssetExecutionContext,

@@ -15,18 +15,6 @@ from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
 _OLDEST_SERVER = 18
 
-# The columns that we touch beside those of the sources, and what we do with the table.
-_READ = {
-    "agent_capabilities": "agent_id capability_id",
-    "agents": "id org_id name",
-    "budgets": "id org_id subject_type subject_id",
-    "declarative_capabilities": "org_id name display_name",
-    "harness_capabilities": "harness_id capability_id",
-    "harnesses": "id org_id name",
-    "mcp_servers": "id org_id name",
-    "organizations": "org_id",
-    "skills": "id org_id name",
-}
 _OUTBOX = (
     "id org_id source_type source_id source_version reason status attempts next_attempt_at "
     "last_error claimed_at created_at updated_at"
@@ -43,8 +31,8 @@ OWN_TABLES = (
 def needed_columns() -> dict[str, list[str]]:
     """Every table of the platform that reporting touches, and the columns of it."""
     needed = {t: [column.name for column in columns] for t, columns in SOURCE_COLUMNS.items()}
-    for table, columns in (*_READ.items(), ("reporting_outbox", _OUTBOX)):
-        needed[table] = list(columns.split())
+    needed["organizations"] = ["org_id"]
+    needed["reporting_outbox"] = list(_OUTBOX.split())
     for fact in FACTS:
         needed[fact.table] = [column.name for column in fact.columns] + ["projected_at"]
     return needed

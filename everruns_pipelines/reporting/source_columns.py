@@ -1,4 +1,4 @@
-"""The columns of the source tables that projections read: checked for, and shown in the UI."""
+"""The columns of the platform's tables that projections read: checked for, and shown in the UI."""
 
 from everruns_pipelines.reporting.catalog import Column
 
@@ -6,6 +6,7 @@ _ID = Column("id", "uuid", "The row, by which its facts name it.")
 _ORG = Column("org_id", "bigint", "Organization that it belongs to.")
 _SESSION = Column("session_id", "uuid", "Session that it happened in, if any.")
 _CREATED = Column("created_at", "timestamptz", "When it was written; its day in UTC is the fact's.")
+_CAPABILITY = Column("capability_id", "varchar", "Capability, configured for all its sessions.")
 
 _EVENT = (
     _ID,
@@ -70,5 +71,44 @@ SOURCE_COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("meter_source", "text", "Meter that measured the usage."),
         Column("ref_type", "text", "What the posting refers to."),
         _CREATED,
+    ),
+    "agents": (
+        _ID,
+        _ORG,
+        Column("name", "varchar", "Name of the agent."),
+    ),
+    "harnesses": (
+        _ID,
+        _ORG,
+        Column("name", "varchar", "Name of the harness."),
+    ),
+    "agent_capabilities": (
+        Column("agent_id", "uuid", "Agent that has the capability."),
+        _CAPABILITY,
+    ),
+    "harness_capabilities": (
+        Column("harness_id", "uuid", "Harness that has the capability."),
+        _CAPABILITY,
+    ),
+    "declarative_capabilities": (
+        _ORG,
+        Column("name", "varchar", "Name of the capability."),
+        Column("display_name", "varchar", "Name shown to people, if it has one."),
+    ),
+    "mcp_servers": (
+        _ID,
+        _ORG,
+        Column("name", "varchar", "Name of the server, and of the capability that it is."),
+    ),
+    "skills": (
+        _ID,
+        _ORG,
+        Column("name", "varchar", "Name of the skill, and of the capability that it is."),
+    ),
+    "budgets": (
+        _ID,
+        _ORG,
+        Column("subject_type", "text", "What it limits: session, agent, ..."),
+        Column("subject_id", "text", "Which one it limits."),
     ),
 }
