@@ -47,6 +47,8 @@ SELECT
 -- Sources: read, by column.
 GRANT SELECT (id, session_id, event_type, ts, context, data)
 ON events, archived_events TO everruns_pipelines_worker;
+-- Of when the newest is, for `pipeline_health`.
+GRANT SELECT (created_at) ON events TO everruns_pipelines_worker;
 GRANT SELECT (
     id, org_id, status, agent_id, harness_id, app_id, blueprint_id, owner_principal_id,
     resolved_owner_user_id, capabilities, turn_count, tool_call_count, total_input_tokens,

@@ -23,7 +23,8 @@ class Seen:
 
     Args:
         rows: of PostgreSQL's tables what its planner estimates, since counting reads them.
-        newest: when the newest row was written; None if there is none, or finding it takes long.
+        newest: when the newest row was written; None if there is none, finding it takes long,
+            or its time may not be read.
     """
 
     table: str
@@ -65,7 +66,8 @@ def _table(connection: Connection, table: str) -> Seen:
             newest = connection.execute(
                 query, [_event_types()] if table == EVENT.table else []
             ).fetchone()
-    except psycopg.errors.QueryCanceled:
+    # Nothing else reads this column of events: who may do everything else is not stopped by it.
+    except (psycopg.errors.QueryCanceled, psycopg.errors.InsufficientPrivilege):
         newest = None
     return Seen(table, row[0] if row else 0, True, newest[0] if newest else None, datetime.now(UTC))
 

@@ -101,7 +101,7 @@ def test_the_lock_of_another_backfill_is_a_conflict(live: LiveDeployment) -> Non
     response = ask(live)
     refused(response, 409)
     told = response.json()
-    assert (told["code"], told["allowed_actions"]) == ("locked", ["retry", "backfill_one_org"])
+    assert (told["code"], told["allowed_actions"]) == ("locked", ["retry"])
     assert told["instance"].startswith(f"{live.url}/runs/")
     assert told["retry_after_seconds"] == int(response.headers["Retry-After"])
 
