@@ -72,7 +72,7 @@ def look_around(page: Page, pictures: Path) -> None:
     page.goto(f"/{_LOCATION}/resources")
     expect(page.get_by_text("everruns_postgres", exact=True).first).to_be_visible()
     page.screenshot(path=pictures / "resources.png")
-    page.set_viewport_size({"width": 1440, "height": 1300})
+    page.set_viewport_size({"width": 1440, "height": 2400})
     page.goto("/asset-groups")
     expect(page.get_by_text("operations", exact=True).first).to_be_visible()
     page.keyboard.press("Alt+e")
@@ -105,6 +105,8 @@ def make_pictures(pictures: Path) -> None:
         home = Path(directory)
         environment = {
             "EVERRUNS_HOME": str(home / "everruns"),
+            # A run that lingers tells at its end only which days it has touched.
+            "EVERRUNS_LINGER_SECONDS": "0",
             "EVERRUNS_REPORTING_START": str(datetime.now(UTC).date() - timedelta(days=21)),
         }
         postgres = PostgresDatabase(Settings.from_environment(environment))
