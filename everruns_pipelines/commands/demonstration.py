@@ -48,9 +48,9 @@ def demonstrate(settings: Settings) -> None:
             "unset EVERRUNS_POSTGRES_URL, EVERRUNS_ITEMS_POSTGRES_URL and EVERRUNS_CLICKHOUSE_DSN"
         )
     console = Console(stderr=True)
-    # Where `dev` looks for runs, so that it shows those of the demo.
-    os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
     with PostgresDatabase(settings).connect() as connection:
+        # Where `dev` looks for runs, so that it shows those of the demo.
+        os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
         if "reporting" in settings.parts:
             settings = _reporting(settings, connection, console)
         if "items" in settings.parts:

@@ -274,7 +274,7 @@ def test_a_look_that_takes_too_long_is_left_to_a_run(
         connection.execute("SELECT pg_sleep(60)")
 
     monkeypatch.setattr("everruns_pipelines.reporting.backfill.look", long)
-    monkeypatch.setattr("everruns_pipelines.reporting.automation.TICK_SECONDS", 1.0)
+    monkeypatch.setattr("everruns_pipelines.reporting.automation.TICK_SECONDS", 4.0)
     found = heal(instance, postgres)
     assert len(found.run_requests or []) == 1
 
