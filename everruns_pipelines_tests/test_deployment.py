@@ -165,5 +165,5 @@ def test_a_person_launches_a_backfill_and_sees_the_counts(
         page.on("console", lambda one: problems.append(one.text))
         assert launch_backfill(page, 20, tmp_path / "backfill.png") == 20
         look_around(page, tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
     assert [one for one in problems if "Content Security Policy" in one] == []
