@@ -41,7 +41,7 @@ def tick(
     runs: DagsterInstance | None = None,
 ) -> dg.SensorResult:
     with (
-        DagsterInstance.ephemeral() as none,
+        DagsterInstance.ephemeral() as none,  # pyright: ignore[reportUnknownMemberType]
         dg.build_sensor_context(
             instance=runs or none,
             cursor=cursor,
