@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copy
@@ -16,17 +17,18 @@ from typing import Any
 from urllib import request
 
 ROOT = Path(__file__).parents[1]
-_SENSOR = """
-query {
-  sensorOrError(
+_HEALING = """
     sensorSelector: {
       repositoryLocationName: "everruns_pipelines"
       repositoryName: "__repository__"
       sensorName: "reporting_healing_sensor"
     }
-  ) { ... on Sensor { id } }
-}
 """
+_SENSOR = f"query {{ sensorOrError({_HEALING}) {{ ... on Sensor {{ id }} }} }}"
+_TICKS = f"""query {{ sensorOrError({_HEALING}) {{
+  ... on Sensor {{ sensorState {{ ticks(limit: 20) {{ skipReason }} }} }}
+}} }}"""
+_START_SENSOR = f"mutation {{ startSensor({_HEALING}) {{ __typename }} }}"
 
 
 @dataclass
@@ -61,10 +63,23 @@ class LiveDeployment:
         stopped = self._ask("mutation($id: String) { stopSensor(id: $id) { __typename } }", found)
         assert stopped["stopSensor"]["__typename"] == "StopSensorMutationResult"
 
+    def start_healing(self) -> None:
+        """As a deployment does by itself."""
+        started = self._ask(_START_SENSOR)["startSensor"]
+        assert started["__typename"] == "Sensor"
+
+    def has_found_all_right(self) -> bool:
+        """Whether a look at all history has found nothing missing or stale."""
+        ticks = self._ask(_TICKS)["sensorOrError"]["sensorState"]["ticks"]
+        return any("Nothing is missing" in (tick["skipReason"] or "") for tick in ticks)
+
     def stop(self, name: str) -> None:
+        """End a process with all that it has started: a code server waits for its runs."""
         process = self.processes.pop(name)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
@@ -74,6 +89,7 @@ class LiveDeployment:
                 env={**os.environ, **self.environment, "DAGSTER_HOME": str(self.home)},
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     def _ask(self, query: str, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:

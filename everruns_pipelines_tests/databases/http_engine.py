@@ -41,7 +41,7 @@ class HttpEngine(ThreadingHTTPServer):
     def answer(self, query: str, bound: dict[str, str]) -> bytes:
         with self.clickhouse.connect() as opened:
             # The parameters come formatted already: below the client, straight to the engine.
-            client: Any = opened.client
+            client: Any = vars(opened.client)["_client"]
             final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
             return client._backend.execute_raw_query(final, bound, None, runtime, None)
 
