@@ -22,6 +22,7 @@ _OUTBOX = (
 _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
 OWN_TABLES = (
     "everruns_pipelines.key_digests",
+    "everruns_pipelines.archive_digest",
     "everruns_pipelines.fact_rejections",
     "everruns_pipelines.outbox_projectors",
     "everruns_pipelines.outbox_suspects",
