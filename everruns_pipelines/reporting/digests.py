@@ -61,9 +61,8 @@ def keep_digests(
     """
     try:
         with connection.transaction():
-            if connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_LOCK]).fetchone() != (
-                True,
-            ):
+            locked = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", [_LOCK]).fetchone()
+            if locked != (True,):
                 return
             if are_read:
                 change = read_of_archive(connection)
@@ -72,6 +71,7 @@ def keep_digests(
                 connection.execute(_KEEP_CHANGE, parameters | {"change": change})
             if archive is not None:
                 if archive.ids != archive.known:
+                    connection.execute("DELETE FROM everruns_pipelines.archive_digest")
                     connection.execute(_KEEP_ARCHIVE, parameters | {"ids": archive.ids})
                 forget_sessions(connection)
     except (errors.SerializationFailure, errors.UniqueViolation):
@@ -113,6 +113,5 @@ WHERE seed = %(seed)s AND %(change)s <> 0
 """
 
 _KEEP_ARCHIVE = """
-WITH other AS (DELETE FROM everruns_pipelines.archive_digest)
 INSERT INTO everruns_pipelines.archive_digest (seed, ids) VALUES (%(seed)s, %(ids)s)
 """
