@@ -234,20 +234,18 @@ def test_who_could_not_be_told_is_told_later_and_nobody_twice(
     connection: Connection,
 ) -> None:
     database.prepare(connection)
-    other = Receiver()
-    urls = f"{receiver.url} {other.url}"
-    watch = Watch(instance, {**environment, "EVERRUNS_ALERT_URLS": urls})
-    other.status = 500
-    _enqueue(connection, "failed", "infinity")
-    watch.tick()
-    watch.tick()
-    assert (len(receiver.news()), len(other.news())) == (1, 0)
-    other.status = 200
-    watch.tick()
-    watch.tick()
-    assert (len(receiver.news()), len(other.news())) == (0, 1)
-    other.server.shutdown()
-    other.server.server_close()
+    with Receiver.listening() as other:
+        urls = f"{receiver.url} {other.url}"
+        watch = Watch(instance, {**environment, "EVERRUNS_ALERT_URLS": urls})
+        other.status = 500
+        _enqueue(connection, "failed", "infinity")
+        watch.tick()
+        watch.tick()
+        assert (len(receiver.news()), len(other.news())) == (1, 0)
+        other.status = 200
+        watch.tick()
+        watch.tick()
+        assert (len(receiver.news()), len(other.news())) == (0, 1)
 
 
 def test_the_command_tells_everybody_and_says_who_could_not_be_told(
