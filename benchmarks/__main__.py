@@ -7,9 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-ALL = sorted(
-    path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")
-)
+ALL = sorted(path.stem for path in Path(__file__).parent.iterdir() if not path.stem.startswith("_"))
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ALL:

@@ -21,7 +21,8 @@ from everruns_pipelines.databases.embedded.servers import embedded_postgres_url,
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 
-_KEPT = ("EVERRUNS_WRITE_SNAPSHOT", "EVERRUNS_TEST_WORLDS")
+# What tells the tests themselves something.
+_KEPT = ("EVERRUNS_TEST_WORLDS", "EVERRUNS_WRITE_SNAPSHOT")
 for _name in tuple(os.environ):
     if _name.startswith(("EVERRUNS_", "DAGSTER_")) and _name not in _KEPT:
         del os.environ[_name]

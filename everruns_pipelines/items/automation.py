@@ -8,23 +8,29 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Self
 
 import dagster as dg
 
-from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
+from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
-from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.items.span_table import Position
-from everruns_pipelines.orchestration.timetable import BackOff, day_schedules, hourly_schedule
+from everruns_pipelines.orchestration.ticks import Away, asked, pause_after_failed_runs
+from everruns_pipelines.orchestration.timetable import (
+    BackOff,
+    clock,
+    day_schedules,
+    hourly_schedule,
+)
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from everruns_pipelines.items.unstored import Look, Unstored
+
+SENSOR = "item_failures_sensor"
 
 # In seconds. A span's batch and its item's POST may be under way for a while after its end.
 _GRACE = 120
@@ -117,13 +123,14 @@ class _Memory:
 
 
 @dg.sensor(  # pyright: ignore[reportUnknownMemberType]
-    name="item_failures_sensor",
+    name=SENSOR,
     job=rebuild_items,
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Launches rebuild_items for sessions whose spans ended recently with envelopes "
     "that have no item: up to 200 traces of a project per run, each failure once. "
-    "What it misses, the nightly run repairs.",
+    "What it misses, the nightly run repairs. "
+    "It waits longer and longer while a database is away, or while its runs fail.",
 )
 def item_failures_sensor(
     context: dg.SensorEvaluationContext,
@@ -131,41 +138,34 @@ def item_failures_sensor(
     everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dg.SensorResult:
     """Look at what was reported since the last look; launch what lacks its item."""
-    import psycopg
-
     from everruns_pipelines.items.unstored import find_unstored
 
     now = time.time()
     until = int(now) - _GRACE
     memory = _Memory.read(context.cursor, until)
-    if now < memory.back_off.until:
-        return _skipped(f"Trying again at {_clock(memory.back_off.until)}", memory)
+    obstacle = memory.back_off.obstacle(now) or pause_after_failed_runs(
+        context.instance, SENSOR, now
+    )
+    if obstacle:
+        return _skipped(obstacle, memory)
     if not everruns_clickhouse.is_there():
         return _skipped("No spans are stored yet", memory)
     try:
-        first = find_unstored(
-            everruns_items_postgres, everruns_clickhouse, memory.first, _at(until), _PATIENCE
-        )
-        second = find_unstored(
-            everruns_items_postgres, everruns_clickhouse, memory.second, memory.first, _PATIENCE
-        )
-    except Refusal as refusal:
-        if refusal.code == "locked":
-            return _skipped(refusal.detail, memory)
-        return _skipped(refusal.detail, replace(memory, back_off=memory.back_off.again(now)))
-    except ClickHouseFailure as failure:
-        return _skipped(str(failure), replace(memory, back_off=memory.back_off.again(now)))
-    except psycopg.Error as error:
-        # The server's message alone: its details quote rows.
-        message = error.diag.message_primary or type(error).__name__
-        return _skipped(
-            f"PostgreSQL cannot be read: {message}",
-            replace(memory, back_off=memory.back_off.again(now)),
-        )
+        with asked():
+            first = find_unstored(
+                everruns_items_postgres, everruns_clickhouse, memory.first, _at(until), _PATIENCE
+            )
+            second = find_unstored(
+                everruns_items_postgres, everruns_clickhouse, memory.second, memory.first, _PATIENCE
+            )
+    except Away as away:
+        if away.is_busy:
+            return _skipped(str(away), memory)
+        return _skipped(str(away), replace(memory, back_off=memory.back_off.again(now)))
     late, memory = memory.launches(second)
     new, memory = memory.launches(first)
     memory = memory.after(first, second, until)
-    reached = _clock(first.reached.ended_ns / _SECOND)
+    reached = clock(first.reached.ended_ns / _SECOND)
     seen = f"{first.seen} items reported by spans that ended up to {reached}"
     if not new and not late:
         lack = len(first.unstored) + len(second.unstored)
@@ -216,7 +216,3 @@ def _at(seconds: int) -> Position:
 
 def _skipped(reason: str, memory: _Memory) -> dg.SensorResult:
     return dg.SensorResult(skip_reason=reason, cursor=memory.write())
-
-
-def _clock(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%F %T} UTC"

@@ -1,6 +1,6 @@
 """What items need in PostgreSQL: the platform's tables, and what is ours beside them."""
 
-from everruns_pipelines.databases import own_schema
+from everruns_pipelines.databases.own_schema import OwnSchema
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.privileges import (
     Privilege,
@@ -9,7 +9,6 @@ from everruns_pipelines.databases.privileges import (
     reading,
     require,
 )
-from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.errors import Refusal
 
 _PLATFORM_TABLES = ("item_organizations", "item_workspaces", "projects", "items", "item_links")
@@ -32,6 +31,7 @@ _INSERTED = {
 }
 _UPDATED = {"items": f"updated_at {_DERIVED}"}
 OWN_TABLE = "everruns_pipelines.item_rejections"
+OWN = OwnSchema("everruns_pipelines.items", OWN_TABLE, version=1, usable_from=1)
 
 
 def needed_privileges() -> list[Privilege]:
@@ -87,5 +87,4 @@ def ensure_schema(connection: Connection) -> None:
     Raises:
         Refusal: it is missing and the role may not make it.
     """
-    script = read_sql("everruns_pipelines.items", "schema.sql")
-    own_schema.ensure(connection, OWN_TABLE, script)
+    OWN.ensure(connection)

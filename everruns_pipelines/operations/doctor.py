@@ -10,6 +10,7 @@ from everruns_pipelines.databases.clickhouse import (
     ClickHouseDatabase,
     ClickHouseFailure,
 )
+from everruns_pipelines.databases.own_schema import OwnSchema
 from everruns_pipelines.databases.postgres import (
     Connection,
     ItemsPostgresDatabase,
@@ -102,27 +103,34 @@ def _item_tables(settings: Settings) -> str:
 
 
 def _reporting_schema(settings: Settings) -> str:
-    return _own_schema(PostgresDatabase(settings), database.OWN_TABLES, database.check_own_tables)
+    return _own_schema(
+        PostgresDatabase(settings), database.OWN, database.OWN_TABLES, database.check_own_tables
+    )
 
 
 def _items_schema(settings: Settings) -> str:
     return _own_schema(
         ItemsPostgresDatabase(settings),
+        items_database.OWN,
         [items_database.OWN_TABLE],
         items_database.check_own_tables,
     )
 
 
 def _own_schema(
-    postgres: PostgresDatabase, tables: Iterable[str], check: Callable[[Connection], None]
+    postgres: PostgresDatabase,
+    own: OwnSchema,
+    tables: Iterable[str],
+    check: Callable[[Connection], None],
 ) -> str:
     with postgres.connect() as connection:
         # First: in a schema that is closed to the role no table can be looked up.
         check(connection)
+        own.check(connection)
         for table in tables:
             if not _exists(connection, table):
                 raise _Todo(f"the table {table} is missing: run `everruns-pipelines init`")
-    return "what is ours in the schema everruns_pipelines is there"
+    return f"what is ours in the schema everruns_pipelines is there, for version {own.version}"
 
 
 def _event_index(settings: Settings) -> str:

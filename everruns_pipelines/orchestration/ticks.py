@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
+from everruns_pipelines.databases.clickhouse import ClickHouseFailure
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.timetable import clock, pause_after
 
@@ -28,16 +29,18 @@ class Away(Exception):
 
     Args:
         is_late: it answered, but not in the time that a tick has.
+        is_busy: somebody else works with it, and will be done soon.
     """
 
-    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+    def __init__(self, reason: str, *, is_late: bool = False, is_busy: bool = False) -> None:
         super().__init__(reason)
         self.is_late = is_late
+        self.is_busy = is_busy
 
 
 @contextmanager
 def asked() -> Generator[None]:
-    """Asks PostgreSQL in a tick.
+    """Asks PostgreSQL or ClickHouse in a tick.
 
     Raises:
         Away: whatever it was.
@@ -47,7 +50,9 @@ def asked() -> Generator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise Away(refusal.detail) from None
+        raise Away(refusal.detail, is_busy=refusal.code == "locked") from None
+    except ClickHouseFailure as failure:
+        raise Away(str(failure)) from None
     except psycopg.errors.QueryCanceled:
         raise Away("PostgreSQL needs longer than a tick has", is_late=True) from None
     except psycopg.Error as error:

@@ -5,7 +5,7 @@ The platform's tables are the user's. What is our own stands in `schema.sql`, an
 
 from psycopg import sql
 
-from everruns_pipelines.databases import own_schema
+from everruns_pipelines.databases.own_schema import OwnSchema
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.privileges import Privilege, owning, reading, require
 from everruns_pipelines.databases.sql_files import read_sql
@@ -20,8 +20,12 @@ _OUTBOX = (
     "last_error claimed_at created_at updated_at"
 )
 _WRITTEN = ("reporting_outbox", *(fact.table for fact in FACTS))
+OWN = OwnSchema(
+    "everruns_pipelines.reporting", "everruns_pipelines.fact_rejections", version=2, usable_from=1
+)
 OWN_TABLES = (
     "everruns_pipelines.key_digests",
+    "everruns_pipelines.archive_digest",
     "everruns_pipelines.fact_rejections",
     "everruns_pipelines.outbox_projectors",
     "everruns_pipelines.outbox_suspects",
@@ -117,8 +121,7 @@ def require_org(connection: Connection, org_id: int) -> None:
 
 def ensure_schema(connection: Connection) -> None:
     """Make what reporting keeps of its own, if it is not there as this version wants it."""
-    script = read_sql("everruns_pipelines.reporting", "schema.sql")
-    own_schema.ensure(connection, "everruns_pipelines.fact_rejections", script)
+    OWN.ensure(connection)
 
 
 def has_event_index(connection: Connection) -> bool | None:

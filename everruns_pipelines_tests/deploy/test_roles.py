@@ -170,8 +170,10 @@ def test_doctor_names_every_grant_that_is_missing_and_there_are_no_others(
     grants = [
         grant
         for grant in granted.execute(GRANTS, {"role": WORKER}).fetchall()
+        # Without it, `pipeline_health` shows no time of the newest event; nothing else reads it.
+        if grant != ("SELECT", "created_at", "events")
         # What the previous release keeps in our schema is granted with the rest of it.
-        if grant[2] in own or not grant[2].startswith("everruns_pipelines.")
+        and (grant[2] in own or not grant[2].startswith("everruns_pipelines."))
     ]
     asked = [
         *database.needed_privileges(),

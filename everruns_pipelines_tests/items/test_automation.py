@@ -35,15 +35,22 @@ def span(name: str, *, start: datetime | None = None, **fields: Any) -> Span:
 
 
 def tick(
-    world: World, cursor: str | None = None, clickhouse: ClickHouseDatabase | None = None
+    world: World,
+    cursor: str | None = None,
+    clickhouse: ClickHouseDatabase | None = None,
+    runs: DagsterInstance | None = None,
 ) -> dg.SensorResult:
-    with dg.build_sensor_context(
-        cursor=cursor,
-        resources={
-            "everruns_items_postgres": world.postgres,
-            "everruns_clickhouse": clickhouse or world.clickhouse,
-        },
-    ) as context:
+    with (
+        DagsterInstance.ephemeral() as none,  # pyright: ignore[reportUnknownMemberType]
+        dg.build_sensor_context(
+            instance=runs or none,
+            cursor=cursor,
+            resources={
+                "everruns_items_postgres": world.postgres,
+                "everruns_clickhouse": clickhouse or world.clickhouse,
+            },
+        ) as context,
+    ):
         return cast("dg.SensorResult", item_failures_sensor(context))
 
 
@@ -179,10 +186,25 @@ def test_it_backs_off_while_a_database_is_away(world: World) -> None:
     blind = World(away, world.clickhouse, world.connection)
     first = tick(blind)
     assert "PostgreSQL cannot be used" in said(first)
-    assert "Trying again at" in said(tick(blind, first.cursor))
+    assert "trying again at" in said(tick(blind, first.cursor))
     memory = json.loads(first.cursor or "")
     memory["back_off"]["until"] = 0
     assert traces(tick(world, json.dumps(memory))) == {name_id("one").hex}
+
+
+def test_it_waits_longer_after_each_run_that_fails(world: World, instance: DagsterInstance) -> None:
+    world.add(span("one"))
+    for _ in range(2):
+        instance.add_run(
+            dg.DagsterRun(
+                "rebuild_items",
+                status=dg.DagsterRunStatus.FAILURE,
+                tags={"dagster/sensor_name": automation.SENSOR},
+            )
+        )
+    waits = tick(world, runs=instance)
+    assert "The last 2 runs failed: launching again at" in said(waits)
+    assert traces(tick(world, waits.cursor)) == {name_id("one").hex}
 
 
 def test_a_missing_span_table_is_told(world: World) -> None:

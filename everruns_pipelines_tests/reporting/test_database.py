@@ -254,21 +254,6 @@ def test_preparing_again_changes_nothing(ready: Connection) -> None:
     assert ours(ready) == before
 
 
-def test_our_schema_is_brought_up_to_date_and_keeps_its_rows(ready: Connection) -> None:
-    ready.execute("COMMENT ON TABLE everruns_pipelines.fact_rejections IS 'an older version'")
-    ready.execute(
-        "INSERT INTO everruns_pipelines.fact_rejections (fact, org_id, source_key, reason, written)"
-        " VALUES ('fact_turn', 1, 'key', 'reason', true)"
-    )
-
-    database.prepare(ready)
-
-    assert value(ready, "SELECT count(*) FROM everruns_pipelines.fact_rejections") == 1
-    before = ours(ready)
-    database.prepare(ready)
-    assert ours(ready) == before
-
-
 def test_our_schema_is_made_once_by_many_at_once(
     connection: Connection, postgres: PostgresDatabase
 ) -> None:
