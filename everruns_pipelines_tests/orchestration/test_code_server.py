@@ -19,7 +19,7 @@ from everruns_pipelines_tests.deployment import free_port, until
 @pytest.mark.deploy
 def test_a_run_is_told_when_its_code_server_is_replaced(tmp_path: Path) -> None:
     port = free_port()
-    code = tmp_path / "code.py"
+    code = tmp_path / "location.py"
     code.write_text("import dagster as dg; defs = dg.Definitions()")
     command = [sys.executable, "-m", "dagster", "api", "grpc", "-f", str(code), "-p", str(port)]
     client = DagsterGrpcClient(host="localhost", port=port)
