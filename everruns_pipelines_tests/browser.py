@@ -26,6 +26,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 _LOCATION = "locations/everruns_pipelines"
 _PATIENCE = 60_000
 _WINDOW: ViewportSize = {"width": 1440, "height": 900}
+_TALL = 1900
 # No sandbox, since CI is root in a container; no talk to anybody but the webserver.
 _ARGUMENTS = (
     "--no-sandbox",
@@ -64,7 +65,7 @@ def sample_deployment(
     }
     settings = Settings.from_environment(environment)
     with PostgresDatabase(settings).connect() as connection:
-        load_sample_data(connection, events=events, days=days)
+        load_sample_data(connection, events=events, days=days, enqueued_share=1.0)
         with ClickHouseDatabase(settings).connect() as clickhouse:
             load_sample_items(connection, clickhouse)
         with live_deployment(home, environment) as live:
@@ -151,7 +152,12 @@ def look_around(page: Page, pictures: Path) -> None:
     expect(page.get_by_text("********")).to_be_visible()
     _picture(page, pictures / "resources.png")
     page.goto("/asset-groups~not%20group%3A%22platform%22/")
-    _picture(page, pictures / "assets.png", page.get_by_text("Materialized", exact=True), 1900)
+    expect(page.get_by_text("operations", exact=True).first).to_be_visible()
+    page.keyboard.press("Alt+e")
+    expect(page.get_by_text("fact_tool_call", exact=True)).to_be_visible()
+    page.set_viewport_size({"width": _WINDOW["width"], "height": _TALL})
+    page.reload()  # which fits the graph into the window
+    _picture(page, pictures / "assets.png", page.get_by_text("Materialized", exact=True), _TALL)
     page.goto("/assets/fact_tool_call?view=lineage")
     _picture(page, pictures / "lineage.png", page.get_by_text("archived_events", exact=True))
     page.goto(f"/assets/fact_tool_call?view=partitions&partition={yesterday}")

@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 from everruns_pipelines.client import Deployment
 from everruns_pipelines.dagster_storage import storage_url
@@ -83,7 +83,7 @@ def test_execute_all_finds_the_days_of_a_fact_that_are_wrong(
         "no_stale_rows": "Succeeded",
     }
     told = f"{lost} missing rows on {ago(1)}. Materialize these days to repair them."
-    assert page.get_by_text(told).is_visible()
+    expect(page.get_by_text(told)).to_be_visible()
     assert sorted(rows(connection, TURNS)) == sorted(before)
 
 
@@ -91,7 +91,7 @@ def test_execute_all_finds_items_that_are_missing(page: Page, connection: Connec
     before = value(connection, "SELECT count(*) FROM items")
     results = execute_checks(page, "items")
     assert results == {"no_missing_rows": "Failed", "no_stale_rows": "Failed"}
-    assert page.get_by_text("missing rows on").is_visible()
+    expect(page.get_by_text("missing rows on")).to_be_visible()
     assert value(connection, "SELECT count(*) FROM items") == before
 
 
