@@ -5,6 +5,7 @@ https://docs.dagster.io/guides/automate/schedules.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -27,7 +28,6 @@ from everruns_pipelines.orchestration.timetable import (
     hourly_schedule,
 )
 from everruns_pipelines.reporting.jobs import (
-    DRAINS,
     backfill_reporting,
     check_reporting,
     project_reporting,
@@ -43,6 +43,9 @@ HEALING_SENSOR = "reporting_healing_sensor"
 # A run whose process was killed is unfinished for as long as nobody notices. Projectors do not
 # disturb each other, so another beside a run that has been at work for this long is safe.
 _AT_WORK = timedelta(hours=1)
+# A run that lingers is relieved so long before it ends, in seconds: until the next one has been
+# seen to be wanted, has left the queue and has started Python, nobody would drain the outbox.
+_RELIEF_SECONDS = 30
 # As many as one backfill enqueues. The next one follows once these are projected.
 _HEALED_AT_ONCE = 10_000
 # Looking takes at most a tenth of the time.
@@ -62,14 +65,14 @@ materialize_reporting = dg.define_asset_job(  # pyright: ignore[reportUnknownMem
     job=project_reporting,
     minimum_interval_seconds=10,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Launches project_reporting while rows of the outbox are due, one run at a time, "
-    "and another beside one that began over an hour ago. "
+    description="Launches project_reporting while rows of the outbox are due, one run after the "
+    "other. A run lingers for more; the next one begins shortly before it ends. "
     "It waits longer and longer while the database is away, or while its runs fail.",
 )
 def reporting_outbox_sensor(
     context: dg.SensorEvaluationContext, everruns_postgres: dg.ResourceParam[PostgresDatabase]
 ) -> dg.SensorResult:
-    """Look what is due; launch unless somebody is at it already."""
+    """Look what is due; launch unless a run of this sensor is at it already."""
     from everruns_pipelines.reporting.watch import find_due
 
     now = time.time()
@@ -83,7 +86,7 @@ def reporting_outbox_sensor(
         return _skipped(str(away), back_off.again(now))
     if not due.anything:
         return _skipped(f"Nothing is due. {_next(due)}")
-    obstacle = _run_at_work(context.instance, DRAINS) or pause_after_failed_runs(
+    obstacle = _run_at_work(context.instance, SENSOR, now) or pause_after_failed_runs(
         context.instance, SENSOR, now
     )
     if obstacle:
@@ -147,9 +150,9 @@ def reporting_healing_sensor(
     interval = everruns_postgres.settings.heal_seconds
     if obstacle := memory.back_off.obstacle(now):
         return memory.skipped(obstacle)
-    obstacle = _run_at_work(
-        context.instance, {"dagster/sensor_name": HEALING_SENSOR}
-    ) or pause_after_failed_runs(context.instance, HEALING_SENSOR, now)
+    obstacle = _run_at_work(context.instance, HEALING_SENSOR, now) or pause_after_failed_runs(
+        context.instance, HEALING_SENSOR, now
+    )
     if obstacle:
         return memory.skipped(obstacle)
     if memory.by_run:
@@ -218,17 +221,30 @@ def _count(number: int) -> str:
     return f"at least {number}" if number == MOST_COUNTED else str(number)
 
 
-def _run_at_work(instance: dg.DagsterInstance, tags: dict[str, str]) -> str | None:
-    """Which run of all organizations is at it already. Those of one do not stand in the way."""
-    since = datetime.now(UTC) - _AT_WORK
-    runs = instance.get_runs(
-        dg.RunsFilter(tags=tags, statuses=UNFINISHED, created_after=since), limit=100
+def _run_at_work(instance: dg.DagsterInstance, sensor: str, now: float) -> str | None:
+    """Which run of a sensor's is at it already, and will be for a while. Runs that somebody else
+    launched end with what was due when they began: they do not stand in the way.
+    """
+    records = instance.get_run_records(
+        dg.RunsFilter(
+            tags={"dagster/sensor_name": sensor},
+            statuses=UNFINISHED,
+            created_after=datetime.fromtimestamp(now, UTC) - _AT_WORK,
+        )
     )
-    for run in runs:
-        ops = cast("dict[str, Any]", run.run_config.get("ops", {}))
-        if ops.get("project", {}).get("config", {}).get("org_id") is None:
-            return f"Run {run.run_id} of {run.job_name} is at work"
+    for record in records:
+        if now < _relieved_at(record):
+            return f"Run {record.dagster_run.run_id} is at work"
     return None
+
+
+def _relieved_at(record: dg.RunRecord) -> float:
+    """When another run is to begin beside this one, in seconds since the epoch."""
+    ops = cast("dict[str, Any]", record.dagster_run.run_config.get("ops", {}))
+    linger = ops.get("project", {}).get("config", {}).get("linger_seconds", 0)
+    if not linger or record.start_time is None:
+        return math.inf
+    return record.start_time + linger - min(_RELIEF_SECONDS, linger / 2)
 
 
 def _after_last_run(instance: dg.DagsterInstance, interval: float) -> float:

@@ -27,9 +27,6 @@ from everruns_pipelines.reporting.catalog import FACTS
 if TYPE_CHECKING:
     from everruns_pipelines.reporting.drain import Drained
 
-# On runs that project what is due, so that they can be found.
-DRAINS = {"everruns/drains": "reporting_outbox"}
-
 # So that telling the progress costs little, however much is due.
 _MOST_COUNTED = 100_000
 _TELL_SECONDS = 2
@@ -244,14 +241,14 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
         )
 
 
-@dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
 def backfill_reporting() -> None:
     """Enqueue what is missing, up to a limit, and project it while you watch."""
     _, after = enqueue_op.alias("enqueue")()  # pyright: ignore[reportUnknownMemberType]
     project_op.alias("project")(after)  # pyright: ignore[reportUnknownMemberType]
 
 
-@dg.job(executor_def=dg.in_process_executor, tags=DRAINS)  # pyright: ignore[reportUnknownMemberType]
+@dg.job(executor_def=dg.in_process_executor)  # pyright: ignore[reportUnknownMemberType]
 def project_reporting() -> None:
     """Project what is due in the outbox."""
     project_op.alias("project")()  # pyright: ignore[reportUnknownMemberType]

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import dagster as dg
 import pytest
 from dagster import DagsterInstance
+from pydantic import SecretStr
 
 from everruns_pipelines.commands import main
 from everruns_pipelines.commands.tables import show_diagnosis
@@ -327,9 +328,9 @@ def test_the_doctor_looks_on_while_a_server_is_away(tmp_path: Path) -> None:
     ],
 )
 def test_the_doctor_tells_generations_of_the_span_table(
-    tmp_path: Path, generation: str, said: str
+    settings: Settings, tmp_path: Path, generation: str, said: str
 ) -> None:
-    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path}/spans"})
+    settings = settings.model_copy(update={"clickhouse_dsn": SecretStr(f"chdb://{tmp_path}/spans")})
     clickhouse = ClickHouseDatabase(settings)
     with clickhouse.connect() as opened:
         for statement in span_tables(generation):
@@ -339,8 +340,8 @@ def test_the_doctor_tells_generations_of_the_span_table(
     assert said in finding.text
 
 
-def test_the_doctor_misses_an_index_on_values(tmp_path: Path) -> None:
-    settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": f"chdb://{tmp_path}/spans"})
+def test_the_doctor_misses_an_index_on_values(settings: Settings, tmp_path: Path) -> None:
+    settings = settings.model_copy(update={"clickhouse_dsn": SecretStr(f"chdb://{tmp_path}/spans")})
     with ClickHouseDatabase(settings).connect() as opened:
         for statement in span_tables():
             opened.client.command(statement)

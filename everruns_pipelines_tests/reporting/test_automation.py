@@ -24,11 +24,12 @@ from everruns_pipelines.reporting.automation import (
 )
 from everruns_pipelines.reporting.backfill import BackfillRequest
 from everruns_pipelines.reporting.backfill import enqueue as enqueue_missing
-from everruns_pipelines.reporting.jobs import DRAINS
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.deployment import ROOT
 from everruns_pipelines_tests.reporting.world import drain_all
+
+_LAUNCHED = {"dagster/sensor_name": SENSOR}
 
 
 @pytest.fixture
@@ -131,29 +132,40 @@ def test_a_row_that_is_due_after_pythons_calendar_is_told_as_late_as_it_goes(
     assert "tried again at 9999-12-31 00:00:00 UTC" in said(tick(instance, postgres))
 
 
-@pytest.mark.parametrize(
-    ("config", "waits"),
-    [
-        ({}, True),
-        ({"ops": {"project": {"config": {"org_id": None}}}}, True),
-        ({"ops": {"project": {"config": {"org_id": 7}}}}, False),
-    ],
-)
-def test_one_run_at_a_time_projects_all_organizations(
+@pytest.mark.parametrize(("tags", "waits"), [(_LAUNCHED, True), ({}, False)])
+def test_one_run_at_a_time_is_launched_whoever_else_projects(
     instance: DagsterInstance,
     postgres: PostgresDatabase,
     connection: Connection,
     org: int,
-    config: dict[str, Any],
+    tags: dict[str, str],
     waits: bool,
 ) -> None:
     enqueue(connection, org, "pending", "-1 minute")
-    instance.add_run(_run(dg.DagsterRunStatus.STARTED, DRAINS, config))
+    instance.add_run(_run(dg.DagsterRunStatus.STARTED, tags, {}))
     result = tick(instance, postgres)
     if waits:
-        assert re.search(r"Due: 1 pending.*Run \S+ of project_reporting is at work", said(result))
+        assert re.search(r"Due: 1 pending.*Run \S+ is at work", said(result))
     else:
         assert len(result.run_requests or []) == 1
+
+
+def test_a_run_that_lingers_is_relieved_shortly_before_it_ends(
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection, org: int
+) -> None:
+    enqueue(connection, org, "pending", "-1 minute")
+    lingers = {"ops": {"project": {"config": {"linger_seconds": 600}}}}
+    run = instance.add_run(_run(dg.DagsterRunStatus.STARTING, _LAUNCHED, lingers))
+    assert "is at work" in said(tick(instance, postgres))
+
+    def began(seconds_ago: float) -> None:
+        started = dg.DagsterEvent(dg.DagsterEventType.RUN_START.value, run.job_name)
+        instance.report_dagster_event(started, run.run_id, timestamp=time.time() - seconds_ago)
+
+    began(seconds_ago=560)
+    assert "is at work" in said(tick(instance, postgres))
+    began(seconds_ago=575)
+    assert len(tick(instance, postgres).run_requests or []) == 1
 
 
 def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
@@ -167,7 +179,7 @@ def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
     monkeypatch.setenv("EVERRUNS_DAGSTER_POSTGRES_URL", postgres_url)
     enqueue(connection, org, "pending", "-1 minute")
     with DagsterInstance.from_config(str(ROOT)) as instance:
-        gone = instance.add_run(_run(dg.DagsterRunStatus.STARTED, DRAINS, {})).run_id
+        gone = instance.add_run(_run(dg.DagsterRunStatus.STARTED, _LAUNCHED, {})).run_id
 
         def aged(age: str) -> DagsterRun:
             connection.execute(
@@ -181,7 +193,7 @@ def test_a_run_whose_process_is_gone_holds_nobody_off_and_is_ended_after_a_day(
             return run
 
         assert aged("59 minutes").status == dg.DagsterRunStatus.STARTED
-        assert f"Run {gone} of project_reporting is at work" in said(tick(instance, postgres))
+        assert f"Run {gone} is at work" in said(tick(instance, postgres))
         assert aged("61 minutes").status == dg.DagsterRunStatus.STARTED
         assert len(tick(instance, postgres).run_requests or []) == 1
         assert aged("25 hours").status == dg.DagsterRunStatus.FAILURE
