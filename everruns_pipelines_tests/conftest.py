@@ -21,9 +21,10 @@ from everruns_pipelines.databases.embedded.servers import embedded_postgres_url,
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.settings import Settings
 
-_KEPT = "EVERRUNS_WRITE_SNAPSHOT"
+# What tells the tests themselves something.
+_KEPT = ("EVERRUNS_TEST_WORLDS", "EVERRUNS_WRITE_SNAPSHOT")
 for _name in tuple(os.environ):
-    if _name.startswith(("EVERRUNS_", "DAGSTER_")) and _name != _KEPT:
+    if _name.startswith(("EVERRUNS_", "DAGSTER_")) and _name not in _KEPT:
         del os.environ[_name]
 _nowhere = TemporaryDirectory(prefix="everruns-tests-")
 atexit.register(_nowhere.cleanup)

@@ -76,6 +76,9 @@ def _reporting(settings: Settings, connection: Connection, console: Console) -> 
     settings = settings.model_copy(update={"reporting_start": first})
     with _step(console, "The job project_reporting: projecting what the application enqueued"):
         _run(settings, "project_reporting", {"project": {}})
+    week_ago = last - timedelta(days=7)
+    with _step(console, f"The platform's retention: events before {week_ago} move to the archive"):
+        _archive(connection, week_ago)
     with _step(console, "Losing facts by hand: all of yesterday's turns, a third of tool calls"):
         _lose_facts(connection, last - timedelta(days=1))
     with _step(console, "The job measure_health: its checks fail"):
@@ -177,9 +180,22 @@ def _sample_data(connection: Connection) -> tuple[date, date]:
     """Load the sample data into an empty database; the first and last day of its events."""
     if connection.execute("SELECT FROM events LIMIT 1").fetchone() is None:
         load_sample_data(connection, events=_EVENTS)
-    row = connection.execute("SELECT min(ts)::date, max(ts)::date FROM events").fetchone()
+    row = connection.execute(
+        "SELECT min(ts)::date, max(ts)::date"
+        " FROM (SELECT ts FROM events UNION ALL SELECT ts FROM archived_events) AS event"
+    ).fetchone()
     assert row is not None
     return row[0], row[1]
+
+
+def _archive(connection: Connection, before: date) -> None:
+    with connection.transaction():
+        connection.execute("SET LOCAL app.archival_bypass = 'true'")
+        connection.execute(
+            "WITH old AS (DELETE FROM events WHERE created_at < %s RETURNING *)"
+            " INSERT INTO archived_events SELECT old.*, now() FROM old",
+            [before],
+        )
 
 
 def _lose_facts(connection: Connection, day: date) -> None:

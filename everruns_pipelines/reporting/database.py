@@ -25,6 +25,7 @@ OWN = OwnSchema(
 )
 OWN_TABLES = (
     "everruns_pipelines.key_digests",
+    "everruns_pipelines.archive_digest",
     "everruns_pipelines.fact_rejections",
     "everruns_pipelines.outbox_projectors",
     "everruns_pipelines.outbox_suspects",

@@ -12,6 +12,9 @@ from psycopg import sql
 
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SESSION, Fact, Projection, Source
 
+# The hash of an event's id, over `source`.
+EVENT_ID = sql.SQL("uuid_hash_extended(source.id, %(seed)s)")
+
 
 @cache
 def sliced_facts() -> tuple[Fact, ...]:

@@ -42,6 +42,9 @@ _SETTINGS: tuple[LiteralString, ...] = (
     "SET LOCAL enable_memoize = off",
 )
 
+# The default assumes a spinning disk, and scans instead of looking up.
+_LOOKS_UP: LiteralString = "SET LOCAL random_page_cost = 1.1"
+
 
 def find_missing(
     connection: Connection,
@@ -62,13 +65,15 @@ def find_missing(
     parameters: dict[str, Any] = {"org_id": org_id, "seed": seed()}
     for setting in _SETTINGS:
         connection.execute(setting)
+    if org_id is not None:
+        connection.execute(_LOOKS_UP)
 
     parts = [(fact, part) for fact in FACTS for part in fact.projections if part.source in sources]
     sliced = [(fact, part) for fact, part in parts if fact in sliced_facts()]
     found: list[sql.Composable] = [sql.SQL(_NOTHING)]
     found += _in_whole([part for part in parts if part not in sliced], scope)
     if sliced:
-        slice_sessions(connection, scope, parameters, keep_digests=keep_digests)
+        slice_sessions(connection, scope, parameters, keep=keep_digests)
         found += _in_slices(connection, sliced, scope, parameters)
     # In the order of the outbox's index, in which they will be looked up.
     everything = sql.SQL("{} ORDER BY org_id, source_type, source_id").format(
@@ -131,9 +136,10 @@ def _in_slices(
     slices = choose_sessions(connection, differs(sliced_facts()), parameters)
     if slices is None:
         return list(_in_whole(parts, scope))
-    # The default assumes a spinning disk, and scans instead of looking up.
-    connection.execute("SET LOCAL random_page_cost = 1.1")
-    if slices and any(part.source is EVENT for _, part in parts):
+    if slices == 0:
+        return []
+    connection.execute(_LOOKS_UP)
+    if any(part.source is EVENT for _, part in parts):
         create_temporary(connection, "explanations", _explanations(), parameters)
     found = list[sql.Composable]()
     for number, (facts, query) in enumerate(_steps(parts)):

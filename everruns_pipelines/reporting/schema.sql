@@ -53,14 +53,22 @@ CREATE TABLE IF NOT EXISTS everruns_pipelines.outbox_claims (
 );
 COMMENT ON TABLE everruns_pipelines.fact_rejections IS 'cd051980d086f6a4';
 
--- Which keys a session and its events make: `keys` has, fact by fact, the xor of their hashes, and
--- `inputs` is that of what they were made of, so that it is known whether they still would be; `seed`
--- is the seed of both. See docs/backfill.md. A row that is lost is made anew.
+-- Which keys a session and its events make: `keys` has, fact by fact, the xor of their hashes.
+-- `inputs` is that of what they were made of, so that it is known whether they still would be, and
+-- `archived` that of the archived events; `seed` is the seed of all. See docs/backfill.md. A row
+-- that is lost is made anew.
 CREATE TABLE IF NOT EXISTS everruns_pipelines.key_digests (
     session_id uuid PRIMARY KEY,
     seed bigint NOT NULL,
     inputs bigint NOT NULL,
     keys bigint[] NOT NULL
+);
+ALTER TABLE everruns_pipelines.key_digests ADD COLUMN IF NOT EXISTS archived bigint NOT NULL DEFAULT 0;
+
+-- The archived events that these rows were made of, of all sessions together, in at most one row.
+CREATE TABLE IF NOT EXISTS everruns_pipelines.archive_digest (
+    seed bigint PRIMARY KEY,
+    ids bigint NOT NULL
 );
 
 -- What earlier versions kept instead.

@@ -884,6 +884,67 @@ def test_as_many_events_written_as_archived_since_they_were_read_are_missing(
     assert {id_ for _, id_ in _pending(world)} == added
 
 
+_INTO_ARCHIVE = (
+    "INSERT INTO archived_events SELECT gen_random_uuid(), session_id, sequence + 10000,"
+    " event_type, data, ts, context, metadata, tags, created_at, now() FROM archived_events"
+    " WHERE event_type = 'tool.completed' ORDER BY session_id LIMIT 1 RETURNING id::text"
+)
+_OUT_OF_ARCHIVE = (
+    "DELETE FROM archived_events WHERE id = (SELECT id FROM archived_events"
+    " WHERE event_type = 'tool.completed' ORDER BY session_id LIMIT 1)"
+)
+
+
+_IS_KNOWN = (
+    "SELECT bit_xor(uuid_hash_extended(id, seed)) = min(ids)"
+    " FROM archived_events, everruns_pipelines.archive_digest"
+)
+
+
+@pytest.mark.parametrize("gone", [(), (_OUT_OF_ARCHIVE,)], ids=["added", "exchanged"])
+@pytest.mark.parametrize("org_first", [False, True])
+def test_events_that_came_into_the_archive_otherwise_than_from_the_events_are_missing(
+    world: Connection, gone: tuple[LiteralString, ...], org_first: bool
+) -> None:
+    _archive(world, "sequence % 3 = 0")
+    _backfill(world)
+    for statement in gone:
+        assert world.execute(statement).rowcount == 1
+    added = {id_ for (id_,) in world.execute(_INTO_ARCHIVE)}
+    if org_first:
+        org_id = _value(
+            world,
+            "SELECT org_id FROM sessions JOIN archived_events ON session_id = sessions.id"
+            " WHERE archived_events.id = %s",
+            *added,
+        )
+        assert _backfill(world, org_id=org_id, source_types=["event"], dry_run=True)["events"] == 1
+        assert _backfill(world, org_id=org_id % 3 + 1, source_types=["event"]) == NOTHING
+    assert _backfill(world, source_types=["event"])["events"] == len(added) == 1
+    assert {id_ for kind, id_ in _pending(world) if kind == "event"} == added
+    assert _value(world, _IS_KNOWN)
+
+
+def test_what_is_known_of_the_archive_stays_known_as_it_grows(world: Connection) -> None:
+    _archive(world, "sequence % 3 = 0")
+    _backfill(world)
+    known = "SELECT ids FROM everruns_pipelines.archive_digest"
+    assert _value(world, _IS_KNOWN)
+    before = _value(world, known)
+    _archive(world, "session_id = (SELECT id FROM sessions WHERE org_id = 2 ORDER BY id LIMIT 1)")
+    assert not _value(world, _IS_KNOWN)
+    # One that looks at another organization does not learn of it, but this one does.
+    _backfill(world, org_id=1)
+    assert _value(world, known) == before
+    _backfill(world, org_id=2)
+    assert _value(world, _IS_KNOWN)
+    # A session takes what is known of it along; its archived events stay.
+    world.execute("SET LOCAL app.session_purge = 'true'")
+    world.execute("DELETE FROM sessions WHERE org_id = 2")
+    _backfill(world)
+    assert _value(world, _IS_KNOWN)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -47,7 +47,7 @@ def test_one_session_step_by_step(world: World) -> None:
     found = looked(connection)
 
     assert "read" not in found
-    [(of, digest_holds, *settled)] = found["slices"]
+    [(of, digest_holds, _archived, *settled)] = found["slices"]
     assert (of, digest_holds, settled) == (session, True, [0, 0, 0])
     assert [row[0] for row in found["explanations"]] == [b]
     assert [row[3] for row in found["found_0"]] == [str(b)]
@@ -76,4 +76,4 @@ def test_two_lost_facts_of_a_session_have_no_explanation(world: World) -> None:
     found = looked(connection)
 
     assert (found["explanations"], len(found["missing"])) == ([], 2)
-    assert found["slices"][0][2:] == (0, 0, 0)
+    assert found["slices"][0][3:] == (0, 0, 0)
