@@ -1,9 +1,11 @@
 """A platform whose runs can be held where they are, by a lock on the table that they write."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import psycopg
 from psycopg import sql
@@ -11,6 +13,8 @@ from psycopg import sql
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
+
+_NOT_OURS = "a test"
 
 
 @dataclass
@@ -23,7 +27,8 @@ class Platform:
     @contextmanager
     def held(self) -> Generator[Callable[[], None]]:
         """No run can write the facts of sessions, until it is let go or the context ends."""
-        with psycopg.connect(self.environment["EVERRUNS_POSTGRES_URL"]) as connection:
+        url = self.environment["EVERRUNS_POSTGRES_URL"]
+        with psycopg.connect(url, application_name=_NOT_OURS) as connection:
             connection.execute("LOCK TABLE fact_session IN EXCLUSIVE MODE")
             yield connection.commit
 
@@ -53,6 +58,13 @@ class Platform:
         )
         return counted.fetchone() == (True,)
 
+    def days(self) -> list[str]:
+        """Those on which sessions began."""
+        rows = self.connection.execute(
+            "SELECT DISTINCT (created_at AT TIME ZONE 'UTC')::date::text FROM sessions ORDER BY 1"
+        )
+        return [day for (day,) in rows]
+
     def busiest_day(self) -> tuple[str, int]:
         """A day, and how many sessions began on it."""
         row = self.connection.execute(
@@ -64,7 +76,7 @@ class Platform:
 
 
 @contextmanager
-def platform(home: Path, name: str) -> Generator[Platform]:
+def platform(home: Path, name: str, *, events: int = 600, days: int = 4) -> Generator[Platform]:
     """The platform, in the embedded server."""
     own, storage = sql.Identifier(f"{name}_platform"), sql.Identifier(f"{name}_dagster")
     with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
@@ -77,10 +89,43 @@ def platform(home: Path, name: str) -> Generator[Platform]:
             "EVERRUNS_DAGSTER_POSTGRES_URL": embedded_postgres_url(home, f"{name}_dagster"),
             "EVERRUNS_HOME": str(home),
             "EVERRUNS_PARTS": "reporting",
+            "EVERRUNS_LINGER_SECONDS": "0",
         }
         url = environment["EVERRUNS_POSTGRES_URL"]
-        with psycopg.connect(url, autocommit=True) as connection:
-            load_sample_data(connection, events=600, days=2, enqueued_share=0)
+        with psycopg.connect(url, autocommit=True, application_name=_NOT_OURS) as connection:
+            load_sample_data(connection, events=events, days=days, enqueued_share=0)
             yield Platform(connection, environment)
         for database in (own, storage):
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(database))
+
+
+@contextmanager
+def counted(url: str, databases: Mapping[str, str]) -> Generator[dict[str, int]]:
+    """The most connections of a deployment that are seen; looks all the time.
+
+    Args:
+        databases: what to call each of them, and its name.
+    """
+    most = dict.fromkeys(databases, 0)
+    stopped = Event()
+
+    def look() -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            while not stopped.wait(0.01):
+                seen = dict(
+                    connection.execute(
+                        "SELECT datname, count(*) FROM pg_stat_activity"
+                        " WHERE application_name <> %s GROUP BY 1",
+                        [_NOT_OURS],
+                    ).fetchall()
+                )
+                for called, name in databases.items():
+                    most[called] = max(most[called], seen.get(name, 0))
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            yield most
+        finally:
+            stopped.set()
+        looking.result()

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from everruns_pipelines.client import Deployment
 from everruns_pipelines_tests.deploy.services import HOST, running
 from everruns_pipelines_tests.deployment import ROOT, free_port
 
+_WORKSPACE = ROOT / "deploy" / "celery" / "workspace.yaml"
 _RUNS = """
 query Runs { runsOrError { ... on Runs { results {
     runId status jobName tags { key value }
@@ -36,6 +37,52 @@ mutation Launch($params: ExecutionParams!) {
     }
 }
 """
+_BACKFILL = """
+mutation Backfill($params: LaunchBackfillParams!) {
+    launchPartitionBackfill(backfillParams: $params) {
+        __typename
+        ... on LaunchBackfillSuccess { backfillId }
+        ... on PythonError { message }
+    }
+}
+"""
+_PROCESS = """
+query Process($run: ID!) {
+    logsForRun(runId: $run) { ... on EventConnection { events { ... on EngineEvent {
+        metadataEntries {
+            label ... on TextMetadataEntry { text } ... on IntMetadataEntry { intRepr }
+        }
+    } } } }
+}
+"""
+_LOG = """
+query Log($run: ID!) {
+    logsForRun(runId: $run) { ... on EventConnection { events {
+        ... on MessageEvent { message } ... on ErrorEvent { error { message } }
+        ... on ExecutionStepUpForRetryEvent { error { message } }
+    } } }
+}
+"""
+_DAYS = """
+query Days {
+    assetNodeOrError(assetKey: {path: ["fact_session"]}) { ... on AssetNode {
+        assetPartitionStatuses { ... on TimePartitionStatuses {
+            ranges { startKey endKey status }
+        } }
+    } }
+}
+"""
+_SENSOR = """
+query Sensor($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) {
+    ... on Sensor { id }
+} }
+"""
+_STOP_SENSOR = "mutation Stop($id: String) { stopSensor(id: $id) { __typename } }"
+_LIMIT_POOL = """
+mutation Limit($pool: String!, $limit: Int!) {
+    setConcurrencyLimit(concurrencyKey: $pool, limit: $limit)
+}
+"""
 
 
 @dataclass
@@ -53,24 +100,26 @@ class Processes:
     def url(self) -> str:
         return f"http://{HOST}:{self.web_port}"
 
-    def configure(self, dagster_yaml: str) -> None:
+    def configure(self, dagster_yaml: str, workspace: Path = _WORKSPACE) -> None:
         """Write DAGSTER_HOME."""
         (self.home / "dagster.yaml").write_text(dagster_yaml)
-        workspace = (ROOT / "deploy" / "celery" / "workspace.yaml").read_text()
-        (self.home / "workspace.yaml").write_text(workspace.replace("4000", str(self.code_port)))
+        own = workspace.read_text().replace("4000", str(self.code_port))
+        (self.home / "workspace.yaml").write_text(own)
 
     def start_code_server(self) -> None:
         module = ["-m", "everruns_pipelines.definitions", "-h", HOST, "-p", str(self.code_port)]
         command = [sys.executable, "-m", "dagster", "api", "grpc", *module]
         self.start("code server", command, lambda: listens(self.code_port))
 
-    def start_web_server(self) -> None:
+    def start_web_server(self, name: str = "web server", port: int | None = None) -> None:
+        """Start one, which listens; whether it can do its work, `is_ready` says."""
+        port = port or self.web_port
         command = [str(Path(sys.executable).parent / "everruns-pipelines"), "serve"]
-        self.start("web server", [*command, "--port", str(self.web_port)], self._is_ready)
+        self.start(name, [*command, "--port", str(port)], lambda: listens(port))
 
-    def start_daemon(self) -> None:
+    def start_daemon(self, name: str = "daemon") -> None:
         command = [sys.executable, "-m", "dagster._daemon", "run", "-w", "workspace.yaml"]
-        self.start("daemon", command, lambda: True)
+        self.start(name, command, lambda: True)
 
     def start(self, name: str, command: list[str], is_ready: Callable[[], bool]) -> None:
         """Start a process of this deployment."""
@@ -98,8 +147,14 @@ class Processes:
         config = {"limit": 5000, "org_id": organization}
         return Deployment(self.url).launch("backfill_reporting", {"enqueue": config})
 
-    def materialize(self, day: str) -> str:
-        """The facts of a day's sessions, as the UI's button does."""
+    def materialize(self, day: str, last: str | None = None) -> str:
+        """The facts of a day's sessions, or of those up to `last`, as the UI's button does."""
+        tags = {"dagster/partition": day}
+        if last is not None:
+            tags = {
+                "dagster/asset_partition_range_start": day,
+                "dagster/asset_partition_range_end": last,
+            }
         params = {
             "selector": {
                 "repositoryLocationName": "everruns_pipelines",
@@ -109,12 +164,39 @@ class Processes:
                 "assetCheckSelection": None,
             },
             "mode": "default",
-            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": day}]},
+            "executionMetadata": {
+                "tags": [{"key": key, "value": value} for key, value in tags.items()]
+            },
             "runConfigData": {},
         }
         launched = self._ask(_MATERIALIZE, {"params": params})["launchPipelineExecution"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         return launched["run"]["runId"]
+
+    def materialize_days(self, days: Sequence[str]) -> str:
+        """The facts of sessions of some days, as the UI's button does: Dagster's backfill."""
+        params = {"assetSelection": [{"path": ["fact_session"]}], "partitionNames": days}
+        launched = self._ask(_BACKFILL, {"params": params})["launchPartitionBackfill"]
+        assert launched["__typename"] == "LaunchBackfillSuccess", launched
+        return launched["backfillId"]
+
+    def days_by_status(self) -> list[dict[str, str]]:
+        """What the UI shows of the days of sessions' facts."""
+        return self._ask(_DAYS, {})["assetNodeOrError"]["assetPartitionStatuses"]["ranges"]
+
+    def stop_healing(self) -> None:
+        """What a test has lost is the test's to repair."""
+        selector = {
+            "repositoryLocationName": "everruns_pipelines",
+            "repositoryName": "__repository__",
+            "sensorName": "reporting_healing_sensor",
+        }
+        found = self._ask(_SENSOR, {"selector": selector})["sensorOrError"]
+        stopped = self._ask(_STOP_SENSOR, found)["stopSensor"]
+        assert stopped["__typename"] == "StopSensorMutationResult", stopped
+
+    def limit_pool(self, pool: str, limit: int) -> None:
+        self._ask(_LIMIT_POOL, {"pool": pool, "limit": limit})
 
     def terminate(self, run: str, policy: str = "SAFE_TERMINATE") -> None:
         told = self._ask(_TERMINATE, {"run": run, "policy": policy})["terminateRun"]
@@ -123,10 +205,34 @@ class Processes:
     def status(self, run: str) -> str:
         return self.runs()[run]["status"]
 
+    def told(self, run: str) -> str:
+        """Every message of a run's log."""
+        events = self._ask(_LOG, {"run": run})["logsForRun"]["events"]
+        errors = [event["error"]["message"] for event in events if event.get("error")]
+        return "\n".join([*(event.get("message", "") for event in events), *errors])
+
+    def process_of(self, run: str) -> int:
+        """The number of the process that works on a run."""
+        events = self._ask(_PROCESS, {"run": run})["logsForRun"]["events"]
+        [number, *_] = [
+            int(entry.get("text") or entry["intRepr"])
+            for event in events
+            for entry in event.get("metadataEntries", ())
+            if entry["label"] == "pid"
+        ]
+        return number
+
     def retries_of(self, run: str) -> list[str]:
         return [
             other for other, told in self.runs().items() if told.get("dagster/parent_run_id") == run
         ]
+
+    def runs_of_backfill(self, backfill: str) -> dict[str, dict[str, str]]:
+        return {
+            run: told
+            for run, told in self.runs().items()
+            if told.get("dagster/backfill") == backfill
+        }
 
     def runs(self) -> dict[str, dict[str, str]]:
         """Status, job and tags of every run, by its id."""
@@ -145,10 +251,12 @@ class Processes:
         with request.urlopen(asked, timeout=60) as answer:
             return json.load(answer)["data"]
 
-    def _is_ready(self) -> bool:
-        with suppress(OSError), request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
-            return answer.status == 200
-        return False
+
+def is_ready(port: int) -> bool:
+    """Whether a web server can do its work."""
+    with suppress(OSError), request.urlopen(f"http://{HOST}:{port}/readyz", timeout=5) as answer:
+        return answer.status == 200
+    return False
 
 
 def listens(port: int) -> bool:

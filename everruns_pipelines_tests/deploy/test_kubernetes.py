@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from everruns_pipelines_tests.deploy.deployments import KUBERNETES, fake_cluster, kubernetes
 from everruns_pipelines_tests.deploy.fake_kubernetes import FakeKubernetes
 from everruns_pipelines_tests.deploy.platform import Platform, platform
 from everruns_pipelines_tests.deploy.processes import Processes
@@ -17,7 +18,6 @@ from everruns_pipelines_tests.deployment import ROOT, until
 
 pytestmark = pytest.mark.deploy
 
-KUBERNETES = ROOT / "deploy" / "kubernetes"
 TOOLS = ROOT / ".venv-kubernetes" / "bin"
 OLDEST, NEWEST = "1.33.0", "1.37.0"
 OVERLAYS = ("production", "example")
@@ -128,12 +128,8 @@ def lived(home: Path) -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def cluster(lived: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeKubernetes]:
-    """A pod gets what the ConfigMap and the Secret hold, and nothing of ours beside it."""
-    directory = tmp_path_factory.mktemp("pods")
-    home = tmp_path_factory.mktemp("pod-home")
-    (home / "dagster.yaml").write_text((KUBERNETES / "base" / "dagster.yaml").read_text())
-    injected = {**lived.environment, "DAGSTER_HOME": str(home), "PATH": os.environ["PATH"]}
-    with FakeKubernetes(injected, directory) as cluster:
+    home, pods = tmp_path_factory.mktemp("pod-home"), tmp_path_factory.mktemp("pods")
+    with fake_cluster(home, pods, lived.environment) as cluster:
         yield cluster
 
 
@@ -142,35 +138,8 @@ def deployment(
     lived: Platform, cluster: FakeKubernetes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Processes]:
     home = tmp_path_factory.mktemp("kubernetes")
-    config: dict[str, Any] = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": cluster.url}}],
-        "users": [{"name": "test", "user": {}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-    }
-    (home / "kubeconfig").write_text(yaml.safe_dump(config))
-    shipped = (KUBERNETES / "base" / "dagster.yaml").read_text()
-    outside = shipped.replace(
-        "load_incluster_config: true",
-        f"load_incluster_config: false\n    kubeconfig_file: {home / 'kubeconfig'}",
-    ).replace("ttl_seconds_after_finished: 3600", "ttl_seconds_after_finished: 8")
-    environment = {
-        **lived.environment,
-        "EVERRUNS_NAMESPACE": "test",
-        "EVERRUNS_IMAGE": "everruns-pipelines:test",
-        "NO_PROXY": "127.0.0.1",
-    }
-    deployment = Processes(home, environment)
-    deployment.configure(outside)
-    try:
-        deployment.start_code_server()
-        deployment.start_web_server()
-        deployment.start_daemon()
+    with kubernetes(home, lived.environment, cluster) as deployment:
         yield deployment
-    finally:
-        deployment.close()
 
 
 def test_a_run_is_a_job_that_succeeds_and_goes(
