@@ -28,16 +28,17 @@ WHERE
     )
 
 -- name: choose
--- Of the valid envelopes with one dedupe key the earliest by span end counts.
+-- Of the valid envelopes with one dedupe key the earliest by span end counts, in one span the first.
 INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
-SELECT DISTINCT ON (dedupe_key COLLATE "C", project_id)
-    id, project_id, dedupe_key, ref, ended_ns
-FROM candidates
-WHERE state = 'valid'
+SELECT DISTINCT ON (candidate.dedupe_key COLLATE "C", candidate.project_id)
+    candidate.id, candidate.project_id, candidate.dedupe_key, candidate.ref, candidate.ended_ns
+FROM candidates AS candidate
+JOIN staged_spans AS span ON span.id = candidate.span
+WHERE candidate.state = 'valid'
 ORDER BY
     -- The key first: it tells rows apart, the project hardly ever.
-    dedupe_key COLLATE "C", project_id, ended_ns, trace_id COLLATE "C", span_id COLLATE "C",
-    position, id
+    candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
+    span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
 
 -- name: refs
 -- One ref, one item. Whoever holds it in the table keeps it, else the earliest envelope.

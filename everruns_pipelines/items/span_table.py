@@ -23,14 +23,9 @@ _SQL = read_statements("everruns_pipelines.items", "spans.sql")
 # Attributes longer than this, in bytes, are rejected as a whole. OTLP messages are 4 MiB.
 LONGEST_ATTRIBUTES = 16 << 20
 
-# So few that an index on the trace id still tells blocks apart, and a query stays short.
-_TRACES_PER_QUERY = 500
+# Servers take parameters of 128 KiB over HTTP.
+_TRACES_PER_QUERY = 3_000
 _RUNS_PER_QUERY = 100
-
-# A bloom filter on the trace id lets one block in a thousand pass for each trace: up to so many
-# traces, or in so small a table, it needs no help.
-_FEW_TRACES = 20
-_FEW_ROWS = 250_000
 
 _NEEDED_COLUMNS = {"Timestamp", "TraceId", "SpanId", "SpanAttributes", "Duration"}
 _ATTRIBUTES = {
@@ -56,8 +51,12 @@ _SPANS = [
     "trace_id", "span_id", "run_id", "project_name", "ended_ns", "whole", "refused", "state",
     "outputs", "objects", "complete",
 ]  # fmt: skip
-_TABLE = ["engine", "rows", "sorted"]
+_TABLE = ["engine", "sorted"]
 _REPORTED = ["trace_id", "project_name", "dedupe_key", "ended_ns", "complete"]
+
+# The exporter's companion table tells between which times a trace's spans start. It may know a
+# trace in part, and to tell that from all of it costs as much as to find the spans by their index.
+_OF_TRACES = "TraceId IN {traces:Array(String)}"
 
 T = TypeVar("T")
 
@@ -99,7 +98,6 @@ class SpanTable:
     Args:
         engine: its table engine. Only tables of the MergeTree family tell their indexes; what a
             view or a Distributed table leads to may have any.
-        rows: how many it holds; 0 where that is not known.
         sorted: its sorting key.
         columns: the type of each.
         aliases: the expression of each column that is an alias.
@@ -110,7 +108,6 @@ class SpanTable:
     database: str
     name: str
     engine: str
-    rows: int
     sorted: str
     columns: Mapping[str, str]
     aliases: Set[str]
@@ -144,14 +141,13 @@ class SpanTable:
                 code="incompatible_schema",
                 status=503,
             )
-        [[engine, rows, order]] = clickhouse.rows(_SQL["table"], names, _TABLE)
+        [[engine, order]] = clickhouse.rows(_SQL["table"], names, _TABLE)
         indexes = clickhouse.rows(_SQL["indexes"], names, ["type", "indexed"])
         return cls(
             clickhouse,
             names["database"],
             name,
             engine,
-            int(rows),
             order,
             columns,
             {text for _, _, default, text in described if default == "ALIAS"},
@@ -184,11 +180,6 @@ class SpanTable:
             return "the exporter's older generation"
         return "a table of its own kind"
 
-    def has_companion(self) -> bool:
-        """Whether there is a table that knows between which times a trace's spans start."""
-        names = {"database": self.database, "spans": self.companion}
-        return bool(self.clickhouse.rows(_SQL["table"], names, _TABLE))
-
     @property
     def trace_index(self) -> str | None:
         """The type of the index that finds a trace."""
@@ -198,11 +189,6 @@ class SpanTable:
     def value_index(self) -> str | None:
         """The type of the index that finds an attribute by its value."""
         return self.indexes.get(_VALUES) or self.indexes.get(self._items or "")
-
-    @property
-    def companion(self) -> str:
-        """The table that knows between which times a trace's spans start, where there is one."""
-        return f"{self.name}_trace_id_ts"
 
     @property
     def _items(self) -> str | None:
@@ -236,16 +222,16 @@ class SpanTable:
             *(f"urn:uuid:{one}" for one in usual),
         ]
         # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
-        # rare ones are looked for only where no other is found.
-        found = self._traces_of(usual) or self._traces_of(rare)
-        for some in _groups(found, self._traces_per_query):
-            since = min(int(first) for _, first, _ in some)
-            until = max(int(last) for _, _, last in some)
-            yield self._of_traces(
-                [trace for trace, *_ in some],
-                f"{self._words['session']} IN {{sessions:Array(String)}}",
-                {"sessions": [*usual, *rare]},
-                (since, until),
+        # there, rare ones are looked for only where no other is found.
+        is_exact = self.is_plain and self.value_index != "bloom_filter"
+        found = self._traces_of([*usual, *rare] if is_exact else usual)
+        if not found and not is_exact:
+            found = self._traces_of(rare)
+        for some in _groups(found, _TRACES_PER_QUERY):
+            yield Selection(
+                _OF_TRACES,
+                whole=f"{self._words['session']} IN {{sessions:Array(String)}}",
+                parameters={"traces": some, "sessions": [*usual, *rare]},
             )
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:
@@ -256,8 +242,8 @@ class SpanTable:
         for some in _groups(sorted(runs), _RUNS_PER_QUERY):
             predicate, parameters = self._having("run", some)
             yield Selection(attributes=predicate, parameters=parameters)
-        for some in _groups(sorted(traces), self._traces_per_query):
-            yield self._of_traces([trace.lower() for trace in some])
+        for some in _groups(sorted({trace.lower() for trace in traces}), _TRACES_PER_QUERY):
+            yield Selection(_OF_TRACES, parameters={"traces": some})
 
     def reported(
         self, after: Position, until_ns: int, most: int
@@ -288,7 +274,7 @@ class SpanTable:
 
     @property
     def _names(self) -> dict[str, str]:
-        return {"database": self.database, "spans": self.name, "times": self.companion}
+        return {"database": self.database, "spans": self.name}
 
     @cached_property
     def _words(self) -> dict[str, str]:
@@ -350,64 +336,11 @@ class SpanTable:
             parameters |= {f"item{n}": f"{key}={value}" for n, value in enumerate(values)}
         return predicate, parameters
 
-    def _traces_of(self, sessions: Sequence[str]) -> list[list[str]]:
+    def _traces_of(self, sessions: Sequence[str]) -> list[str]:
         predicate, parameters = self._having("session", sessions)
-        return self.clickhouse.rows(
-            Template(_SQL["traces"]).substitute(having=predicate),
-            {**self._names, **parameters},
-            ["trace", "since", "until"],
-        )
-
-    @property
-    def _traces_per_query(self) -> int:
-        # Without an index each query reads the trace ids of all spans: the fewer the better.
-        return _TRACES_PER_QUERY if self.trace_index or not self.is_plain else 10_000
-
-    def _of_traces(
-        self,
-        traces: Sequence[str],
-        whole: str = "true",
-        parameters: Mapping[str, Any] | None = None,
-        seen: tuple[int, int] | None = None,
-    ) -> Selection:
-        """Spans of some traces.
-
-        Args:
-            seen: seconds between which some of their spans are known to start.
-        """
-        columns = "TraceId IN {traces:Array(String)}"
-        parameters = {**(parameters or {}), "traces": list(traces)}
-        bounds = self._bounds(traces)
-        if bounds is not None:
-            since, until = bounds
-            if seen is not None:
-                since, until = min(since, seen[0]), max(until, seen[1])
-            columns += (
-                " AND Timestamp >= fromUnixTimestamp64Milli({since:Int64} * 1000, 'UTC')"
-                " AND Timestamp < fromUnixTimestamp64Milli({until:Int64} * 1000, 'UTC')"
-            )
-            parameters |= {"since": since, "until": until}
-        return Selection(columns, whole=whole, parameters=parameters)
-
-    def _bounds(self, traces: Sequence[str]) -> tuple[int, int] | None:
-        """Seconds between which the traces' spans start; None where they are found without.
-
-        The companion may know a trace in part. So it is asked only where the index cannot do alone,
-        and believed only if it knows every trace and all the time that the spans take.
-        """
-        is_enough = len(traces) <= _FEW_TRACES or self.rows <= _FEW_ROWS
-        if self.trace_index != "bloom_filter" or is_enough:
-            return None
-        try:
-            [[since, until, known, goes_as_far]] = self.clickhouse.rows(
-                _SQL["bounds"],
-                {**self._names, "traces": list(traces)},
-                ["since", "until", "known", "goes_as_far"],
-            )
-        except Refusal:  # There is no companion: the index on the trace id remains.
-            return None
-        is_whole = int(known) == len(set(traces)) and goes_as_far == "1"
-        return (int(since), int(until)) if is_whole else None
+        sql = Template(_SQL["traces"]).substitute(having=predicate)
+        rows = self.clickhouse.rows(sql, {**self._names, **parameters}, ["trace"])
+        return [trace for (trace,) in rows]
 
 
 def of_day(day: date) -> Selection:

@@ -9,7 +9,7 @@ FROM system.columns
 WHERE database = {database:String} AND table = {spans:String}
 
 -- name: table
-SELECT engine, toString(ifNull(total_rows, 0)) AS rows, sorting_key AS sorted
+SELECT engine, sorting_key AS sorted
 FROM system.tables
 WHERE database = {database:String} AND name = {spans:String}
 
@@ -58,32 +58,11 @@ $sift
     )
 
 -- name: traces
--- The traces in which a session occurs, and the seconds between which it does, in the order of time.
-SELECT
-    TraceId AS trace,
-    toString(toUnixTimestamp64Milli(toDateTime64(min(Timestamp), 3)) DIV 1000) AS since,
-    toString(toUnixTimestamp64Milli(toDateTime64(max(Timestamp), 3)) DIV 1000 + 1) AS until
+-- The traces in which a session occurs.
+SELECT DISTINCT TraceId AS trace
 FROM {database:Identifier}.{spans:Identifier}
 WHERE $having
-GROUP BY TraceId
-ORDER BY min(Timestamp), TraceId
-
--- name: bounds
--- Between which seconds the spans of some traces start, and of how many that is known. Whether what
--- knows it began with the spans and goes as far as they do: otherwise it may know a trace in part.
-SELECT
-    toString(toUnixTimestamp(min(Start))) AS since,
-    -- Some generations cut to seconds.
-    toString(toUnixTimestamp(max(End)) + 1) AS until,
-    toString(uniqExact(TraceId)) AS known,
-    toString(
-        (SELECT toUnixTimestamp(min(Start)) FROM {database:Identifier}.{times:Identifier})
-        <= (SELECT toUnixTimestamp(min(Timestamp)) FROM {database:Identifier}.{spans:Identifier})
-        AND (SELECT toUnixTimestamp(max(End)) FROM {database:Identifier}.{times:Identifier})
-        >= (SELECT toUnixTimestamp(max(Timestamp)) FROM {database:Identifier}.{spans:Identifier})
-    ) AS goes_as_far
-FROM {database:Identifier}.{times:Identifier}
-WHERE TraceId IN {traces:Array(String)}
+ORDER BY TraceId
 
 -- name: reported
 -- The items that spans reported which ended after a position and up to a time: no payload is read.

@@ -195,8 +195,6 @@ def _span_table(table: SpanTable, version: str) -> str:
                 f"{table.name} has no index on {'; nor on '.join(lacking)}: add a bloom_filter"
             )
         told.append(f"spans are found by {table.trace_index} and {table.value_index} indexes")
-        if table.trace_index == "bloom_filter" and not table.has_companion():
-            told.append(f"{table.companion} is missing: many traces at once are found slower")
     else:
         told.append("how spans are found is up to the tables behind it")
     return "; ".join(told)

@@ -1,19 +1,25 @@
 """The chDB engine behind a loopback socket, with as much of ClickHouse's protocol as is needed.
 
 Faults are injected into the answers to queries that hold a certain text, one per answer, in order.
+Older engines run in environments of their own, which have nothing but Python: see `older_engine`.
 """
 
+import ssl
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
+if TYPE_CHECKING:
+    from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 
-Fault = Literal["hang up", "stall", "cut", "error", "error in the middle", "no length"]
+Fault = Literal["hang up", "stall", "cut", "error", "error in the middle", "no length", "stranger"]
+# What is asked, in which database, and its parameters in the escaped form of ClickHouse.
+Answer = Callable[[str, str, Mapping[str, str]], bytes]
 
 READS_SPANS = "dreadnode.outputs"
 
@@ -26,9 +32,15 @@ class HttpEngine(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, clickhouse: ClickHouseDatabase) -> None:
+    def __init__(self, answer: Answer, certificate: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.clickhouse = clickhouse
+        self.answer = answer
+        self.scheme = "clickhouse"
+        if certificate is not None:
+            self.scheme = "clickhouses"
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.faults: list[Fault] = []
         self.faulty = READS_SPANS
         self.queries: list[str] = []
@@ -36,19 +48,33 @@ class HttpEngine(ThreadingHTTPServer):
 
     @property
     def dsn(self) -> str:
-        return f"clickhouse://user:secret@127.0.0.1:{self.server_port}/default"
-
-    def answer(self, query: str, bound: dict[str, str]) -> bytes:
-        with self.clickhouse.connect() as opened:
-            # The parameters come formatted already: below the client, straight to the engine.
-            client: Any = opened.client
-            final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
-            return client._backend.execute_raw_query(final, bound, None, runtime, None)
+        return f"{self.scheme}://user:secret@127.0.0.1:{self.server_port}/default"
 
 
 @contextmanager
-def serving(clickhouse: ClickHouseDatabase) -> Generator[HttpEngine]:
-    with HttpEngine(clickhouse) as server:
+def serving(
+    clickhouse: "ClickHouseDatabase",
+    *,
+    profile: Mapping[str, str] | None = None,
+    certificate: Path | None = None,
+) -> Generator[HttpEngine]:
+    """The engine of `clickhouse` as a server.
+
+    Args:
+        profile: settings of the user that everybody is.
+        certificate: of the server, with its key, in one file; None = without TLS.
+    """
+
+    def answer(query: str, _database: str, bound: Mapping[str, str]) -> bytes:
+        with clickhouse.connect() as opened:
+            # The parameters come formatted already: below the client, straight to the engine.
+            client: Any = opened.client
+            for name, value in (profile or {}).items():
+                client._backend.set_client_setting(name, value)
+            final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
+            return client._backend.execute_raw_query(final, dict(bound), None, runtime, None)
+
+    with HttpEngine(answer, certificate) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -70,8 +96,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         sent = dict(parse_qsl(urlsplit(self.path).query))
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        sent |= _form(self.headers["Content-Type"], body)
-        query = sent.get("query") or body.decode()
+        form = _form(self.headers["Content-Type"], body)
+        # A statement in the URL has its data in the body.
+        query = "\n".join(filter(None, (sent.get("query"), form.get("query"))))
+        if not form:
+            query = "\n".join(filter(None, (query, body.decode())))
+        sent |= form
         self.engine.queries.append(query)
         fault = None
         if self.engine.faulty in query and self.engine.faults:
@@ -85,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)")
             return
         try:
-            answer = self.engine.answer(query, bound)
+            answer = self.engine.answer(query, sent.get("database", "default"), bound)
         except Exception as error:
             self._refuse(str(error).encode())
             return
@@ -102,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, answer: bytes, fault: Fault | None) -> None:
         half = answer[: len(answer) // 2]
         self.send_response(200)
+        if fault == "stranger":
+            answer, half, fault = b"Welcome\n", b"", None
         if fault == "no length":
             self.send_header("Connection", "close")
             self.end_headers()

@@ -1,16 +1,22 @@
-"""Adversarial spans made from a seed, compared row by row with a recomputation in plain Python."""
+"""Adversarial spans made from a seed, compared row by row with a recomputation in plain Python.
+
+More worlds in each kind of table: `EVERRUNS_TEST_WORLDS=50 pytest` and the name of this file.
+"""
 
 import copy
 import json
+import os
 import random
 from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
+from everruns_pipelines_tests.items.generations import GENERATIONS
 from everruns_pipelines_tests.items.oracle import DERIVED, Report, expected_items
 from everruns_pipelines_tests.items.world import (
     OTHER_SESSION,
+    RUN,
     SESSION,
     Row,
     Span,
@@ -25,6 +31,7 @@ _STRANGE: list[Any] = [
     "local session", SESSION.upper(), OTHER_SESSION, "open", ["x"], {"a": [3, 1, 2]},
 ]  # fmt: skip
 _FIELDS = list(envelope())
+_WORLDS = int(os.environ.get("EVERRUNS_TEST_WORLDS", "1"))
 
 
 def _payload(chance: random.Random, depth: int = 0) -> Any:
@@ -71,7 +78,14 @@ def _shuffled(value: Any, chance: random.Random) -> Any:
     return value
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("generation", "seed"),
+    [
+        (generation, seed)
+        for number, generation in enumerate(GENERATIONS)
+        for seed in range(number * _WORLDS, (number + 1) * _WORLDS)
+    ],
+)
 def test_a_day_of_adversarial_spans_row_by_row(world: World, seed: int) -> None:
     chance = random.Random(seed)
     rows: list[Row] = []
@@ -85,6 +99,7 @@ def test_a_day_of_adversarial_spans_row_by_row(world: World, seed: int) -> None:
         span = Span(
             objects=[object_of(value) for value in values],
             name=f"{seed} {number}",
+            trace=chance.choice("abcdef"),
             session=chance.choice([None, SESSION, OTHER_SESSION, "local"]),
             duration=chance.randrange(10**12),
             nanoseconds=chance.randrange(1000),
@@ -127,6 +142,10 @@ def test_a_day_of_adversarial_spans_row_by_row(world: World, seed: int) -> None:
     again = world.rebuild_day()
     assert (again.inserted, again.refreshed, again.processed) == (0, 0, done.processed)
     assert world.items() == after
+    traces = tuple({report.trace_id for report in reports})
+    for runs in (traces, (RUN,)):
+        same = world.rebuild(None, run_ids=runs, dry_run=True)
+        assert (same.inserted, same.refreshed, same.processed) == (0, 0, done.processed)
 
 
 def _names(value: Any, number: int) -> bool:

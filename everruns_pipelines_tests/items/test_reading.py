@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -26,6 +27,7 @@ from everruns_pipelines_tests.items.world import (
 
 _NOISE = 240_000
 _DAYS = 4
+HOUR = timedelta(hours=1)
 
 _WAYS: dict[str, Callable[[SpanTable], Iterable[Selection]]] = {
     "session": lambda table: table.of_session(UUID(SESSION)),
@@ -57,6 +59,45 @@ def test_a_selection_reads_a_part_of_the_table(world: World, generation: str) ->
     if generation != "otel_traces_json.sql":
         assert max(shares["session"], shares["run"], shares["trace"]) < 0.25
     assert shares["day"] < 1.5 / _DAYS
+
+
+def test_a_companion_that_knows_traces_in_part_loses_no_span(world: World) -> None:
+    first = datetime(2026, 1, 1, tzinfo=UTC)
+    hours = {"at the start": (0, 5), "in the middle": (40, 45), "at the end": (95, 90)}
+    holes = {f"{where} {n}": times for where, times in hours.items() for n in range(10)}
+    world.add(
+        *(
+            Span([envelope(one)], name=one, trace=trace, start=first + hour * HOUR)
+            for trace, times in holes.items()
+            for hour in times
+            for one in [f"{trace} {hour}"]
+        )
+    )
+    with world.clickhouse.connect() as clickhouse:
+        clickhouse.client.command(
+            "INSERT INTO otel_traces (Timestamp, TraceId, SpanId)"
+            " SELECT toDateTime64('2026-01-01 01:00:00', 9, 'UTC') + number, lower(hex(MD5("
+            " toString(intDiv(number, 50))))), toString(number) FROM numbers(300000)"
+        )
+        lost = ", ".join(f"'{Span(trace=trace).trace_id}'" for trace in holes)
+        clickhouse.client.command(
+            "ALTER TABLE otel_traces_trace_id_ts DELETE"
+            f" WHERE TraceId IN ({lost}) SETTINGS mutations_sync = 1"
+        )
+        for trace, (_, hour) in holes.items():
+            known = f"toDateTime('{first + hour * HOUR:%F %T}', 'UTC')"
+            clickhouse.client.command(
+                "INSERT INTO otel_traces_trace_id_ts"
+                f" SELECT '{Span(trace=trace).trace_id}', {known}, {known}"
+            )
+        # It knows all the time that the spans take.
+        clickhouse.client.command(
+            "INSERT INTO otel_traces_trace_id_ts"
+            " SELECT 'another', min(Timestamp), max(Timestamp) FROM otel_traces"
+        )
+    traces = tuple(Span(trace=trace).trace_id for trace in holes)
+    assert world.rebuild(None, run_ids=traces, dry_run=True).processed == 2 * len(holes)
+    assert world.rebuild().processed == 2 * len(holes)
 
 
 def test_servers_of_some_years_ago_know_every_function_we_ask_for(world: World) -> None:
