@@ -16,13 +16,14 @@ from typing import Any
 from urllib import request
 
 ROOT = Path(__file__).parents[1]
+_HEALING_SENSORS = ("reporting_healing_sensor", "item_failures_sensor")
 _SENSOR = """
-query {
+query($name: String!) {
   sensorOrError(
     sensorSelector: {
       repositoryLocationName: "everruns_pipelines"
       repositoryName: "__repository__"
-      sensorName: "reporting_healing_sensor"
+      sensorName: $name
     }
   ) { ... on Sensor { id } }
 }
@@ -57,9 +58,11 @@ class LiveDeployment:
 
     def stop_healing(self) -> None:
         """What a test has lost is the test's to repair."""
-        found = self._ask(_SENSOR)["sensorOrError"]
-        stopped = self._ask("mutation($id: String) { stopSensor(id: $id) { __typename } }", found)
-        assert stopped["stopSensor"]["__typename"] == "StopSensorMutationResult"
+        stop = "mutation($id: String) { stopSensor(id: $id) { __typename } }"
+        for name in _HEALING_SENSORS:
+            found = self._ask(_SENSOR, {"name": name})["sensorOrError"]
+            stopped = self._ask(stop, found)["stopSensor"]
+            assert stopped["__typename"] == "StopSensorMutationResult"
 
     def stop(self, name: str) -> None:
         process = self.processes.pop(name)
