@@ -17,18 +17,19 @@ from typing import Any
 from urllib import request
 
 ROOT = Path(__file__).parents[1]
-_HEALING = """
+_HEALING_SENSORS = ("reporting_healing_sensor", "item_failures_sensor")
+_NAMED = """
     sensorSelector: {
       repositoryLocationName: "everruns_pipelines"
       repositoryName: "__repository__"
-      sensorName: "reporting_healing_sensor"
+      sensorName: $name
     }
 """
-_SENSOR = f"query {{ sensorOrError({_HEALING}) {{ ... on Sensor {{ id }} }} }}"
-_TICKS = f"""query {{ sensorOrError({_HEALING}) {{
+_SENSOR = f"query($name: String!) {{ sensorOrError({_NAMED}) {{ ... on Sensor {{ id }} }} }}"
+_START_SENSOR = f"mutation($name: String!) {{ startSensor({_NAMED}) {{ __typename }} }}"
+_TICKS = f"""query($name: String!) {{ sensorOrError({_NAMED}) {{
   ... on Sensor {{ sensorState {{ ticks(limit: 20) {{ skipReason }} }} }}
 }} }}"""
-_START_SENSOR = f"mutation {{ startSensor({_HEALING}) {{ __typename }} }}"
 
 
 @dataclass
@@ -59,18 +60,22 @@ class LiveDeployment:
 
     def stop_healing(self) -> None:
         """What a test has lost is the test's to repair."""
-        found = self._ask(_SENSOR)["sensorOrError"]
-        stopped = self._ask("mutation($id: String) { stopSensor(id: $id) { __typename } }", found)
-        assert stopped["stopSensor"]["__typename"] == "StopSensorMutationResult"
+        stop = "mutation($id: String) { stopSensor(id: $id) { __typename } }"
+        for name in _HEALING_SENSORS:
+            found = self._ask(_SENSOR, {"name": name})["sensorOrError"]
+            stopped = self._ask(stop, found)["stopSensor"]
+            assert stopped["__typename"] == "StopSensorMutationResult"
 
     def start_healing(self) -> None:
         """As a deployment does by itself."""
-        started = self._ask(_START_SENSOR)["startSensor"]
-        assert started["__typename"] == "Sensor"
+        for name in _HEALING_SENSORS:
+            started = self._ask(_START_SENSOR, {"name": name})["startSensor"]
+            assert started["__typename"] == "Sensor"
 
     def has_found_all_right(self) -> bool:
         """Whether a look at all history has found nothing missing or stale."""
-        ticks = self._ask(_TICKS)["sensorOrError"]["sensorState"]["ticks"]
+        looks = {"name": "reporting_healing_sensor"}
+        ticks = self._ask(_TICKS, looks)["sensorOrError"]["sensorState"]["ticks"]
         return any("Nothing is missing" in (tick["skipReason"] or "") for tick in ticks)
 
     def stop(self, name: str) -> None:

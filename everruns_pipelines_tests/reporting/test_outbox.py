@@ -15,7 +15,7 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import EVENT
 from everruns_pipelines.reporting.outbox import Finished, Outbox, purge, unpark
-from everruns_pipelines.reporting.projector import Failure
+from everruns_pipelines.reporting.selection import Failure, leave_out
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
     MAX_ATTEMPTS,
@@ -50,7 +50,7 @@ def taken(connection: Connection, size: int, org_id: int | None = None) -> Gener
 
 def held(connection: Connection) -> set[UUID]:
     """The rows that the connection holds."""
-    return {id_ for (id_,) in rows(connection, "SELECT id FROM pg_temp.batch")}
+    return {id_ for (id_,) in rows(connection, "SELECT outbox_id FROM pg_temp.selection")}
 
 
 def status(world: World, outbox_id: UUID) -> str:
@@ -141,10 +141,10 @@ def test_what_is_enqueued_after_the_cutoff_is_left_to_the_next_drain(world: Worl
         cutoff = outbox.cutoff()
         after = world.tool_call(world.org())
         with transaction(world.connection):
-            assert outbox.take(10, cutoff) == 1
+            assert outbox.take(10, cutoff).rows == 1
             assert held(world.connection) == {before}
         with transaction(world.connection):
-            assert outbox.take(10, outbox.cutoff()) == 2
+            assert outbox.take(10, outbox.cutoff()).rows == 2
             assert held(world.connection) == {before, after}
 
 
@@ -196,7 +196,9 @@ def test_taking_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(world:
             world.tool_call(org)
 
     with taken(world.connection, 20):
-        orgs = Counter(org for (org,) in rows(world.connection, "SELECT org_id FROM pg_temp.batch"))
+        orgs = Counter(
+            org for (org,) in rows(world.connection, "SELECT org_id FROM pg_temp.selection")
+        )
 
     assert orgs == {big: 14, **dict.fromkeys(small, 2)}
 
@@ -427,7 +429,7 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
     id_ = world.tool_call(world.org())
     [(org, source)] = rows(world.connection, "SELECT org_id, source_id FROM reporting_outbox")
     with taken(world.connection, 1) as held_outbox:
-        held_outbox.note_failures(EVENT, [Failure(org, source, "x" * 5_000)])
+        leave_out(world.connection, EVENT, [Failure(org, source, "x" * 5_000)], 1, 1)
         held_outbox.finish()
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
