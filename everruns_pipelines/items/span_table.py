@@ -169,21 +169,23 @@ class SpanTable:
         """What it is, in a few words."""
         if not self.is_plain:
             return f"a table of engine {self.engine}"
+        kind = "a table of its own kind"
         if self.is_json:
-            return "the exporter's JSON generation"
-        if any(_IS_ITEMS.fullmatch(alias) for alias in self.aliases):
+            kind = "the exporter's JSON generation"
+        elif any(_IS_ITEMS.fullmatch(alias) for alias in self.aliases):
             indexes = "text indexes" if self.trace_index == "text" else "bloom filters"
-            return f"the exporter's newest generation with {indexes}"
-        if "toDateTime(Timestamp)" in self.sorted:
-            return "the exporter's generation of 2024"
-        if "toUnixTimestamp(Timestamp)" in self.sorted:
-            return "the exporter's older generation"
-        return "a table of its own kind"
+            kind = f"the exporter's newest generation with {indexes}"
+        elif "toDateTime(Timestamp)" in self.sorted:
+            kind = "the exporter's generation of 2024"
+        elif "toUnixTimestamp(Timestamp)" in self.sorted:
+            kind = "the exporter's older generation"
+        return kind if self.engine == "MergeTree" else f"{kind}, of engine {self.engine}"
 
     @property
     def trace_index(self) -> str | None:
-        """The type of the index that finds a trace."""
-        return self.indexes.get("TraceId")
+        """What finds a trace: the type of an index, or the order of the table."""
+        by_order = "primary key" if self.sorted.split(",")[0] == "TraceId" else None
+        return self.indexes.get("TraceId") or by_order
 
     @property
     def value_index(self) -> str | None:
