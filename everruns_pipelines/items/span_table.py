@@ -217,23 +217,24 @@ class SpanTable:
     def of_session(self, session: UUID) -> Iterator[Selection]:
         """Spans of a session's traces; whole are those whose own session it is."""
         text, digits = str(session), session.hex
-        usual = [text, text.upper(), digits]
-        rare = [
+        common = [text, text.upper(), digits]
+        spellings = [
+            *common,
             digits.upper(),
-            *(f"{{{one}}}" for one in usual),
-            *(f"urn:uuid:{one}" for one in usual),
+            *(f"{{{one}}}" for one in common),
+            *(f"urn:uuid:{one}" for one in common),
         ]
         # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
-        # there, rare ones are looked for only where no other is found.
+        # there, others are looked for only where the one that the SDK writes is not found.
         is_exact = self.is_plain and self.value_index != "bloom_filter"
-        found = self._traces_of([*usual, *rare] if is_exact else usual)
+        found = self._traces_of(spellings if is_exact else [text])
         if not found and not is_exact:
-            found = self._traces_of(rare)
+            found = self._traces_of(spellings[1:])
         for some in _groups(found, _TRACES_PER_QUERY):
             yield Selection(
                 _OF_TRACES,
                 whole=f"{self._words['session']} IN {{sessions:Array(String)}}",
-                parameters={"traces": some, "sessions": [*usual, *rare]},
+                parameters={"traces": some, "sessions": spellings},
             )
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:
