@@ -1,6 +1,5 @@
 """Span tables that are none of the exporter's own: the same items from each, and told as it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,7 +123,7 @@ def table(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def sample(world: World, table: str) -> Iterator[World]:
+def sample(world: World, table: str) -> World:
     """The sample in that table, under another name, in another database, without a companion."""
     real.lay(world)
     with world.clickhouse.connect() as clickhouse:
