@@ -1,5 +1,6 @@
 """What a backfill costs at a million events, against the naive form, and as more is missing; with
-as many archived beside them; of one organization; and what it costs to compare days.
+as many archived beside them; of one organization; and what it costs to compare days that are right,
+or to materialize them. How all that grows with the data: `benchmarks/growth.py`.
 
 The naive form looks every expected key up, table after table, at the server's default settings. All
 is measured in turn, several times, and the best of each counts: the machine has other things to do.
@@ -32,6 +33,7 @@ from everruns_pipelines.reporting.reconcile import (
     compare_day,
     compare_days,
     days_between,
+    materialize_days,
     stage_days,
 )
 from everruns_pipelines.settings import Settings
@@ -132,23 +134,21 @@ def ratios(
 
 
 def compare(home: Path) -> Generator[tuple[str, str, str, str]]:
-    """All days of a fact: one pass over the range, against every row of every day."""
+    """All days of a fact, all right: one pass over the range, against every row of every day."""
+    [fact] = [fact for fact in FACTS if fact.table == "fact_tool_call"]
     with connected(home, "missing_0") as connection:
         first, last = connection.execute(
             "SELECT min(time_bucket_day), max(time_bucket_day) FROM fact_tool_call"
         ).fetchall()[0]
-        for fact in FACTS:
-            by_range, by_day = (
-                timed(partial(compared, connection, fact, first, last))
-                for compared in (compare_days, compare_by_day)
+        by_day = timed(partial(compare_by_day, connection, fact, first, last))
+        for what, work in (("comparing", compare_days), ("materializing", materialize)):
+            by_range = timed(partial(work, connection, fact, first, last))
+            yield (
+                f"{what} {(last - first).days + 1} days of {fact.table}, against comparing each",
+                f"{by_range:.2f} against {by_day:.2f} s",
+                f"1/{by_day / by_range:.1f}",
+                "at most 1/3",
             )
-            if fact.table == "fact_tool_call":
-                yield (
-                    f"comparing {(last - first).days + 1} days of {fact.table}, day by day",
-                    f"{by_range:.2f} against {by_day:.2f} s",
-                    f"1/{by_day / by_range:.1f}",
-                    "at most 1/3",
-                )
 
 
 def compare_by_day(connection: Connection, fact: Fact, first: date, last: date) -> object:
@@ -156,6 +156,11 @@ def compare_by_day(connection: Connection, fact: Fact, first: date, last: date) 
     days = days_between(first, last)
     stage_days(connection, fact, days)
     return {day: compare_day(connection, fact, day) for day in days}
+
+
+def materialize(connection: Connection, fact: Fact, first: date, last: date) -> object:
+    """What a run over the days does."""
+    return list(materialize_days(connection, fact, first, last))
 
 
 def timed(work: Callable[[], object]) -> float:

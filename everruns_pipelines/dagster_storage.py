@@ -4,6 +4,7 @@ dagster.yaml names the class below, since YAML knows neither conditions nor defa
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, Self
 
 from dagster._serdes import ConfigurableClassData
@@ -16,6 +17,21 @@ from everruns_pipelines.settings import Settings
 # Every process of Dagster imports this module, and dagster.yaml has no place for these.
 os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "1000")
 os.environ.setdefault("DAGSTER_EMIT_PARTITION_SUBSET_IN_PLANNED_EVENTS", "1")
+# Which tables and columns there are: all, since they are made when the storage is opened. Dagster
+# asks the system catalog at each look at a run, an asset or a sensor, which takes longer than that
+# look.
+_ASKED_ONCE = {
+    "run_storage": ("has_run_stats_index_cols", "has_backfill_id_column"),
+    "event_log_storage": (
+        "has_asset_key_index_cols",
+        "_has_asset_key_index_cols_on_connection",
+    ),
+    "schedule_storage": (
+        "has_instigators_table",
+        "_has_instigators_table",
+        "has_secondary_index_table",
+    ),
+}
 
 
 class EverrunsDagsterStorage(DagsterPostgresStorage):
@@ -29,11 +45,28 @@ class EverrunsDagsterStorage(DagsterPostgresStorage):
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:  # noqa: ARG003
         """The storage that the environment asks for; `config_value` is empty."""
-        return cls(
+        storage = cls(
             postgres_url=_for_sqlalchemy(storage_url(Settings.from_environment())),
             should_autocreate_tables=True,
             inst_data=inst_data,
         )
+        for part, names in _ASKED_ONCE.items():
+            of = getattr(storage, part)
+            for name in names:
+                setattr(of, name, _once(getattr(of, name)))
+        return storage
+
+
+def _once(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """The same question, asked the first time only; the answer does not depend on the arguments."""
+    answers: list[bool] = []
+
+    def answer(*arguments: Any) -> bool:
+        if not answers:
+            answers.append(ask(*arguments))
+        return answers[0]
+
+    return answer
 
 
 def storage_url(settings: Settings) -> str:

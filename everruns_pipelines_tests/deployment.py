@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copy
@@ -16,17 +17,19 @@ from typing import Any
 from urllib import request
 
 ROOT = Path(__file__).parents[1]
-_SENSOR = """
-query {
-  sensorOrError(
+_HEALING_SENSORS = ("reporting_healing_sensor", "item_failures_sensor")
+_NAMED = """
     sensorSelector: {
       repositoryLocationName: "everruns_pipelines"
       repositoryName: "__repository__"
-      sensorName: "reporting_healing_sensor"
+      sensorName: $name
     }
-  ) { ... on Sensor { id } }
-}
 """
+_SENSOR = f"query($name: String!) {{ sensorOrError({_NAMED}) {{ ... on Sensor {{ id }} }} }}"
+_START_SENSOR = f"mutation($name: String!) {{ startSensor({_NAMED}) {{ __typename }} }}"
+_TICKS = f"""query($name: String!) {{ sensorOrError({_NAMED}) {{
+  ... on Sensor {{ sensorState {{ ticks(limit: 20) {{ skipReason }} }} }}
+}} }}"""
 
 
 @dataclass
@@ -57,14 +60,31 @@ class LiveDeployment:
 
     def stop_healing(self) -> None:
         """What a test has lost is the test's to repair."""
-        found = self._ask(_SENSOR)["sensorOrError"]
-        stopped = self._ask("mutation($id: String) { stopSensor(id: $id) { __typename } }", found)
-        assert stopped["stopSensor"]["__typename"] == "StopSensorMutationResult"
+        stop = "mutation($id: String) { stopSensor(id: $id) { __typename } }"
+        for name in _HEALING_SENSORS:
+            found = self._ask(_SENSOR, {"name": name})["sensorOrError"]
+            stopped = self._ask(stop, found)["stopSensor"]
+            assert stopped["__typename"] == "StopSensorMutationResult"
+
+    def start_healing(self) -> None:
+        """As a deployment does by itself."""
+        for name in _HEALING_SENSORS:
+            started = self._ask(_START_SENSOR, {"name": name})["startSensor"]
+            assert started["__typename"] == "Sensor"
+
+    def has_found_all_right(self) -> bool:
+        """Whether a look at all history has found nothing missing or stale."""
+        looks = {"name": "reporting_healing_sensor"}
+        ticks = self._ask(_TICKS, looks)["sensorOrError"]["sensorState"]["ticks"]
+        return any("Nothing is missing" in (tick["skipReason"] or "") for tick in ticks)
 
     def stop(self, name: str) -> None:
+        """End a process with all that it has started: a code server waits for its runs."""
         process = self.processes.pop(name)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
@@ -74,6 +94,7 @@ class LiveDeployment:
                 env={**os.environ, **self.environment, "DAGSTER_HOME": str(self.home)},
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     def _ask(self, query: str, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import yaml
 from dagster import Definitions
 
 from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.reporting.lineage import columns_of
 from everruns_pipelines.settings import Settings
 
 SNAPSHOT = Path(__file__).with_name("definitions.yaml")
@@ -68,12 +70,37 @@ def test_every_column_of_an_asset_is_described() -> None:
             assert column.description, (spec.key, column.name)
 
 
+def test_the_lineage_of_columns_names_columns_that_are_read() -> None:
+    specs = {spec.key: spec for spec in _definitions().resolve_all_asset_specs()}
+    facts = [spec for spec in specs.values() if spec.group_name == "reporting"]
+    assert len(facts) == 6
+    for fact in facts:
+        lineage: dg.TableColumnLineage = fact.metadata["dagster/column_lineage"]
+        assert lineage.deps_by_column.keys() <= _columns(fact)
+        for column, deps in lineage.deps_by_column.items():
+            for dep in deps:
+                assert dep.asset_key in {one.asset_key for one in fact.deps}, (fact.key, column)
+                assert dep.column_name in _columns(specs[dep.asset_key]), (fact.key, column)
+
+
+def test_a_column_that_the_projection_provides_has_no_lineage_from_the_session() -> None:
+    by_fact = {fact.table: columns_of(fact) for fact in FACTS}
+    assert by_fact["fact_turn"]["agent_id"] == [("sessions", "agent_id")]
+    assert "agent_id" not in by_fact["fact_budget_posting"]
+    assert by_fact["fact_turn"]["time_bucket_day"] == [("events", "ts"), ("archived_events", "ts")]
+
+
 def test_every_job_describes_itself_and_its_config() -> None:
     repository = _definitions().get_repository_def()
     for job in _jobs(repository):
         assert job.description, job.name
         for path, field in _fields(job):
             assert field.description, (job.name, path)
+
+
+def _columns(spec: dg.AssetSpec) -> set[str]:
+    schema: dg.TableSchema = spec.metadata["dagster/column_schema"]
+    return {column.name for column in schema.columns}
 
 
 def _definitions() -> dg.Definitions:

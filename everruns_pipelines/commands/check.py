@@ -7,7 +7,7 @@ from everruns_pipelines.commands.arguments import add_days
 from everruns_pipelines.errors import RunFailure
 from everruns_pipelines.settings import Settings
 
-HELP = "look whether anything is wrong, and repair nothing; exit status 1 if it is"
+HELP = "look whether anything is wrong, and repair nothing; exit status 1 if anything is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

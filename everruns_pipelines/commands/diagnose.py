@@ -10,7 +10,7 @@ from everruns_pipelines.settings import Settings
 if TYPE_CHECKING:
     from everruns_pipelines.operations.diagnosis import Diagnosis
 
-HELP = "show what is missing, stale, failing or waiting, and what to do; exit status 1 if anything"
+HELP = "show what is wrong with the data, and what to do; exit status 1 if anything is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,7 @@ HELP = "make our schema in your PostgreSQL; may be repeated"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `init` takes."""
-    parser.add_argument(
-        "--indexes", action="store_true", help="also the recommended indexes on platform tables"
-    )
+    parser.add_argument("--indexes", action="store_true", help="also make the recommended indexes")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:

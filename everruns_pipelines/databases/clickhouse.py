@@ -6,6 +6,7 @@ directory per process, so both are waited for, and given back as soon as the rea
 
 import fcntl
 import logging
+import math
 import re
 import ssl
 import threading
@@ -14,8 +15,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 
+from everruns_pipelines.databases.interruptible import ByteStream, Client, InterruptibleClient
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
@@ -97,42 +99,17 @@ class ClickHouseFailure(Exception):
     """ClickHouse refused, stalled, or cut its answer; another attempt may succeed."""
 
 
-class _ByteStream(Protocol):
-    def read(self, size: int | None = ..., /) -> bytes: ...
-    def close(self) -> None: ...
-
-
-class Client(Protocol):
-    """What of clickhouse-connect's client we use."""
-
-    def command(self, cmd: str, /) -> Any:
-        """Run a statement without rows, or with one value."""
-
-    def raw_stream(
-        self,
-        query: str,
-        /,
-        parameters: dict[str, Any],
-        settings: dict[str, Any] | None = None,
-        *,
-        fmt: str,
-    ) -> _ByteStream:
-        """The answer piece by piece, as the server formats it."""
-        ...
-
-    def raw_insert(self, table: str, /, *, insert_block: bytes, fmt: str) -> Any:
-        """Insert rows that are formatted already."""
-
-    def close(self) -> None:
-        """End the connection."""
-
-
 @dataclass(frozen=True)
 class ClickHouse:
-    """One open connection."""
+    """One open connection.
+
+    Args:
+        until: when all that is asked must be answered, by the monotonic clock; None for no bound.
+    """
 
     client: Client
     is_embedded: bool
+    until: float | None = None
     database: str = ""
     version: str = ""
 
@@ -193,20 +170,29 @@ class ClickHouse:
         parameters: Mapping[str, Any],
         fmt: str,
         settings: dict[str, Any],
-    ) -> Generator[_ByteStream]:
+    ) -> Generator[ByteStream]:
+        # As text: the driver would not even send what it takes for fixed.
+        text = query.rstrip() + _SETTINGS
+        if self.until is not None:
+            left = self._seconds_left(self.until)
+            # chDB would give up streaming for a setting beside the text.
+            if self.is_embedded:
+                text += f", max_execution_time = {left}"
+            else:
+                settings = {**settings, "max_execution_time": left}
         with _failures():
-            answer = self.client.raw_stream(
-                # As text: the driver would not even send what it takes for fixed.
-                query.rstrip() + _SETTINGS,
-                dict(parameters),
-                settings,
-                fmt=fmt,
-            )
+            answer = self.client.raw_stream(text, dict(parameters), settings, fmt=fmt)
             try:
                 _check_length_is_known(answer)
                 yield answer
             finally:
                 answer.close()
+
+    def _seconds_left(self, until: float) -> int:
+        left = math.ceil(until - time.monotonic())
+        if left <= 0:
+            raise ClickHouseFailure("ClickHouse has not answered in the time allowed")
+        return left
 
 
 @dataclass(frozen=True)
@@ -217,27 +203,34 @@ class ClickHouseDatabase:
 
     @contextmanager
     def connect(
-        self, log: Log = _tell, *, patience: float = DIRECTORY_TIMEOUT
+        self,
+        log: Log = _tell,
+        *,
+        patience: float = DIRECTORY_TIMEOUT,
+        within: float | None = None,
     ) -> Generator[ClickHouse]:
         """An open connection. For chDB the directory is ours, and nobody else's, until the end.
 
         Args:
             log: told when another process has the directory and we wait.
             patience: how long we wait for it, in seconds.
+            within: seconds for connecting and for all that is asked; None for no bound. Of a server
+                that has stalled it is known after as many seconds more, at most.
 
         Raises:
             ClickHouseFailure: the server cannot be reached.
             Refusal: it does not let us in, or the directory stayed taken for too long.
         """
         dsn = self.settings.clickhouse_dsn
+        until = None if within is None else time.monotonic() + within
         if dsn is not None and not dsn.get_secret_value().startswith("chdb:"):
-            client = _server_client(dsn.get_secret_value())
-            with _connected(client, is_embedded=False) as clickhouse:
+            client = _server_client(dsn.get_secret_value(), within)
+            with _connected(client, is_embedded=False, until=until) as clickhouse:
                 yield clickhouse
             return
         with (
             _engine_client(self.directory, log, patience) as client,
-            _connected(client, is_embedded=True) as clickhouse,
+            _connected(client, is_embedded=True, until=until) as clickhouse,
         ):
             if dsn is None:
                 from everruns_pipelines.databases.embedded.clickhouse import span_tables
@@ -275,9 +268,9 @@ def retrying(action: Callable[[], T], log: Log) -> T:
 
 
 @contextmanager
-def _connected(client: Client, *, is_embedded: bool) -> Generator[ClickHouse]:
+def _connected(client: Client, *, is_embedded: bool, until: float | None) -> Generator[ClickHouse]:
     try:
-        yield ClickHouse(client, is_embedded, *_server(client))
+        yield ClickHouse(client, is_embedded, until, *_server(client))
     finally:
         client.close()
 
@@ -311,13 +304,19 @@ def _cuts_answers(how: str) -> Refusal:
     )
 
 
-def _server_client(dsn: str) -> Client:
+def _server_client(dsn: str, within: float | None) -> Client:
+    bounds = {"send_receive_timeout": STALL_TIMEOUT}
+    if within is not None:
+        bounds = {
+            "send_receive_timeout": max(1, round(within)),
+            "connect_timeout": max(1, round(within / 2)),
+        }
     with _failures():
         return _client(
             dsn=dsn,
             # The driver takes no notice of the scheme.
             secure=dsn.startswith("clickhouses://"),
-            send_receive_timeout=STALL_TIMEOUT,
+            **bounds,
             # Run ids are many: they go into the body, not into the URL.
             form_encode_query_params=True,
             # One query after the other: no session to keep on the server.
@@ -333,7 +332,9 @@ def _engine_client(directory: Path, log: Log, patience: float) -> Generator[Clie
         _sole_use(directory, lock, log, patience),
     ):
         with _failures():
-            client = _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
+            client = InterruptibleClient(
+                lambda: _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
+            )
         yield client
 
 
@@ -385,7 +386,7 @@ def _still_busy(busy: str, patience: float) -> Refusal:
     )
 
 
-def _check_length_is_known(answer: _ByteStream) -> None:
+def _check_length_is_known(answer: ByteStream) -> None:
     """Only an answer that says where it ends shows that it was cut."""
     headers: Mapping[str, str] | None = getattr(answer, "headers", None)
     if headers is None:  # chDB: no network between

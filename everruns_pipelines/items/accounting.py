@@ -43,6 +43,7 @@ class Rebuilt:
     spans_of_unknown_projects: int
     out_of_scope: int
     recovered: int
+    underway: int
     reasons: Mapping[str, int]
     #: Ids of the first refreshed items, and their fields that differed from what the span says.
     taken_back: Sequence[tuple[str, Sequence[str]]]

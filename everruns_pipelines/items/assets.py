@@ -186,7 +186,7 @@ def item_assets(settings: Settings) -> ItemAssets:
         everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
-        from everruns_pipelines.items.rebuild import rebuild_day
+        from everruns_pipelines.items.rebuild import GRACE, rebuild_day
 
         with items_failures():
             asked = days_to_check(context, settings, config)
@@ -199,18 +199,20 @@ def item_assets(settings: Settings) -> ItemAssets:
                     day,
                     context.log.info,
                     dry_run=True,
+                    grace=GRACE,
                 )
                 for day in days
             }
         yield from check_results(
             context,
             days,
-            sum(one.processed for one in would.values()),
+            sum(one.processed + one.underway for one in would.values()),
             {
                 "missing": {day: one.inserted for day, one in would.items()},
                 # A link that is missing is a difference of the item that names it.
                 "stale": {day: one.refreshed + one.links_created for day, one in would.items()},
             },
+            sum(one.underway for one in would.values()),
         )
 
     return ItemAssets(items, items_checks)

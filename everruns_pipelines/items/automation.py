@@ -18,7 +18,13 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase
 from everruns_pipelines.items.jobs import check_items, rebuild_items
 from everruns_pipelines.items.span_table import Position
-from everruns_pipelines.orchestration.ticks import Away, asked, pause_after_failed_runs
+from everruns_pipelines.orchestration.ticks import (
+    TICK_SECONDS,
+    UNFINISHED,
+    Away,
+    asked,
+    pause_after_failed_runs,
+)
 from everruns_pipelines.orchestration.timetable import (
     BackOff,
     clock,
@@ -28,7 +34,7 @@ from everruns_pipelines.orchestration.timetable import (
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from everruns_pipelines.items.unstored import Look, Unstored
+    from everruns_pipelines.items.unstored import Look, Unstored, Watch
 
 SENSOR = "item_failures_sensor"
 
@@ -36,10 +42,12 @@ SENSOR = "item_failures_sensor"
 _GRACE = 120
 # What comes in later than that is found by a second look at the time behind the first.
 _SECOND_LOOK = 600
-# After a longer absence the nightly run repairs what came before.
-_LONGEST_LOOK_BACK = 6 * 3600
-# Another run that reads the embedded ClickHouse is not worth waiting for: the next tick comes soon.
-_PATIENCE = 5.0
+# What is later still is found by a third look, which passes over two days in less than an hour: an
+# hour of them with each tick. The nightly run repairs the rest.
+_THIRD_LOOK = 48 * 3600
+_HOUR = 3600
+# After a longer absence the first look leaves what came before to the third.
+_LONGEST_LOOK_BACK = 6 * _HOUR
 _SECOND = 1_000_000_000
 _TRACES_PER_RUN = 200
 # Of more failures in that time the earlier ones are forgotten, and not looked at a second time.
@@ -63,6 +71,7 @@ class _Memory:
     Args:
         first: how far the first look at reported items came.
         second: where the second look goes on, which passes over the last minutes again and again.
+        third: where the third look goes on, which passes over the last days.
         launched: failures that a run was launched for: a digest of each, and when its span ended,
             in seconds since the epoch.
         forgotten: failures of spans that ended up to then are not among them.
@@ -70,6 +79,7 @@ class _Memory:
 
     first: Position
     second: Position
+    third: Position = _START
     launched: dict[str, int] = field(default_factory=dict[str, int])
     forgotten: int = 0
     back_off: BackOff = field(default_factory=BackOff)
@@ -83,15 +93,17 @@ class _Memory:
             memory = cls(
                 max(Position(**kept["first"]), earliest),
                 Position(**kept["second"]),
+                Position(**kept["third"]),
                 kept["launched"],
                 kept["forgotten"],
                 BackOff(**kept["back_off"]),
             )
         except (KeyError, TypeError, ValueError):
             # What the first look comes to now needs no second one.
-            return cls(earliest, earliest)
+            return cls(earliest, earliest, _at(until - _THIRD_LOOK))
         again = _at(max(until - _SECOND_LOOK, memory.forgotten + 1))
-        return replace(memory, second=max(memory.second, again))
+        third = max(memory.third, _at(until - _THIRD_LOOK))
+        return replace(memory, second=max(memory.second, again), third=third)
 
     def write(self) -> str:
         return json.dumps(asdict(self))
@@ -117,6 +129,7 @@ class _Memory:
         return _Memory(
             first.reached,
             _START if is_round else second.reached,
+            self.third,
             {digest: ended for ended, digest in in_reach[len(forgotten) :]},
             forgotten[-1][0] if forgotten else self.forgotten,
         )
@@ -129,7 +142,7 @@ class _Memory:
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Launches rebuild_items for sessions whose spans ended recently with envelopes "
     "that have no item: up to 200 traces of a project per run, each failure once. "
-    "What it misses, the nightly run repairs. "
+    "What came in late by hours is found within an hour. "
     "It waits longer and longer while a database is away, or while its runs fail.",
 )
 def item_failures_sensor(
@@ -138,7 +151,7 @@ def item_failures_sensor(
     everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
 ) -> dg.SensorResult:
     """Look at what was reported since the last look; launch what lacks its item."""
-    from everruns_pipelines.items.unstored import find_unstored
+    from everruns_pipelines.items.unstored import Watch
 
     now = time.time()
     until = int(now) - _GRACE
@@ -151,13 +164,13 @@ def item_failures_sensor(
     if not everruns_clickhouse.is_there():
         return _skipped("No spans are stored yet", memory)
     try:
-        with asked():
-            first = find_unstored(
-                everruns_items_postgres, everruns_clickhouse, memory.first, _at(until), _PATIENCE
-            )
-            second = find_unstored(
-                everruns_items_postgres, everruns_clickhouse, memory.second, memory.first, _PATIENCE
-            )
+        with (
+            asked(),
+            Watch.opened(everruns_items_postgres, everruns_clickhouse, TICK_SECONDS) as watch,
+        ):
+            first = watch.look(memory.first, _at(until))
+            second = watch.look(memory.second, memory.first)
+            third, memory = _third_look(context, watch, memory, until)
     except Away as away:
         if away.is_busy:
             return _skipped(str(away), memory)
@@ -167,11 +180,34 @@ def item_failures_sensor(
     memory = memory.after(first, second, until)
     reached = clock(first.reached.ended_ns / _SECOND)
     seen = f"{first.seen} items reported by spans that ended up to {reached}"
-    if not new and not late:
+    if not (new or late or third):
         lack = len(first.unstored) + len(second.unstored)
         return _skipped(f"{seen}; {lack} lack their row, and were launched before", memory)
-    context.log.info(f"{seen}; {len(new) + len(late)} lack their row")
-    return dg.SensorResult(list(_run_requests([*late, *new])), cursor=memory.write())
+    found = [*third, *late, *new]
+    context.log.info(f"{seen}; {len(found)} lack their row")
+    return dg.SensorResult(list(_run_requests(found)), cursor=memory.write())
+
+
+def _third_look(
+    context: dg.SensorEvaluationContext, watch: "Watch", memory: _Memory, until: int
+) -> "tuple[Sequence[Unstored], _Memory]":
+    """The failures of the next hour of the last days, and what to remember.
+
+    Neither of the other looks comes there; but what they found may be healed just now by a run.
+    """
+    launched = dg.RunsFilter(tags={"dagster/sensor_name": SENSOR}, statuses=UNFINISHED)
+    if context.instance.get_runs(launched, limit=1):
+        return [], memory
+    end = min(_at(until - _SECOND_LOOK), memory.first)
+    next_hour = min(Position(memory.third.ended_ns + _HOUR * _SECOND), end)
+    try:
+        with asked():
+            look = watch.look(memory.third, next_hour)
+    except Away as away:
+        context.log.warning(f"An hour of the last days is left to the nightly run: {away}")
+        return [], replace(memory, third=next_hour)
+    is_round = look.reached >= end
+    return look.unstored, replace(memory, third=_START if is_round else look.reached)
 
 
 def item_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:

@@ -16,14 +16,16 @@ from everruns_pipelines.orchestration.checks import check_job
 class RebuildConfig(dg.Config):
     """Whose items to rebuild: those of a session, of some runs, or of both together."""
 
-    organization: str = Field(description="slug or UUID")
-    workspace: str = Field(description="slug or UUID, in that organization")
-    project: str = Field(description="slug or UUID, in that workspace")
-    session_id: str | None = Field(None, description="a UUID")
-    run_ids: list[str] | None = Field(
-        None, description="values of dreadnode.run.id, or trace ids as 32 hex digits"
+    organization: str = Field(description="Slug or UUID.")
+    workspace: str = Field(description="Slug or UUID, in that organization.")
+    project: str = Field(description="Slug or UUID, in that workspace.")
+    session_id: str | None = Field(
+        None, description="The session, a UUID; needed unless run_ids are given."
     )
-    dry_run: bool = Field(False, description="tell what would change and write nothing")
+    run_ids: list[str] | None = Field(
+        None, description="Values of dreadnode.run.id, or trace ids as 32 hex digits."
+    )
+    dry_run: bool = Field(False, description="Only tell what would change: write nothing.")
 
     def request(self) -> RebuildRequest:
         """The request that this config spells."""

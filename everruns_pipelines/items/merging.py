@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import count
 
 from everruns_pipelines.databases.clickhouse import Log
@@ -23,17 +24,26 @@ class Merged:
         counts: how many were an `insert`, a `refresh`, or `unchanged`.
         taken_back: the first `MOST_TOLD` refreshed items: their ids, and the fields that differed
             from what the span says.
+        underway: how many are neither: they may still be on their way to the platform.
     """
 
     counts: Counter[str] = field(default_factory=Counter[str])
     taken_back: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
+    underway: int = 0
 
 
-def merge(connection: Connection, log: Log, *, dry_run: bool) -> Merged:
-    """Bring the table in line, or tell what that would take."""
-    done = Merged()
+def merge(
+    connection: Connection, log: Log, *, dry_run: bool, grace: timedelta | None = None
+) -> Merged:
+    """Bring the table in line, or tell what that would take.
+
+    Args:
+        grace: how long after its report an item may be missing; None for no time at all.
+    """
     connection.execute(_SQL["refuse"])
     connection.execute(_SQL["choose"])
+    underway = 0 if grace is None else connection.execute(_SQL["leave"], {"grace": grace}).rowcount
+    done = Merged(underway=underway)
     connection.execute("ANALYZE chosen")
     for number in count():
         connection.execute(_SQL["refs"], {"round": number})

@@ -40,6 +40,17 @@ ORDER BY
     candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
     span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
 
+-- name: leave
+-- What is not stored, but reported so lately that its POST may be under way.
+DELETE FROM chosen
+WHERE
+    ended_ns > extract(epoch FROM now() - %(grace)s::interval) * 1000000000
+    AND NOT EXISTS (
+        SELECT
+        FROM items
+        WHERE items.project_id = chosen.project_id AND items.dedupe_key = chosen.dedupe_key
+    )
+
 -- name: refs
 -- One ref, one item. Whoever holds it in the table keeps it, else the earliest envelope.
 -- An item that was given another ref in an earlier round holds its old one no longer.

@@ -7,11 +7,11 @@ else, and the next one does the rest.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from uuid import UUID
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, Log
-from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, wait_for_lock
 from everruns_pipelines.databases.sql_files import read_sql
 from everruns_pipelines.items.accounting import Rebuilt, account
 from everruns_pipelines.items.database import check_platform, ensure_schema
@@ -23,6 +23,11 @@ from everruns_pipelines.items.reading import read_spans
 from everruns_pipelines.items.recovery import recover
 from everruns_pipelines.items.scope import RebuildRequest, know_projects, resolve_project
 from everruns_pipelines.items.span_table import Selection, SpanTable, of_day
+
+# How long an item may take from its span to the platform's table before it counts as missing.
+GRACE = timedelta(minutes=15)
+# How long one rebuild of a project waits for another, in seconds: longer than any sane one takes.
+_LOCK_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,12 @@ def rebuild_day(
     log: Log,
     *,
     dry_run: bool = False,
+    grace: timedelta | None = None,
 ) -> Rebuilt:
     """Bring the items of every known project back to what the spans of one UTC day say.
+
+    Args:
+        grace: leave out what is not stored and was reported so lately; None to leave out nothing.
 
     Raises:
         Refusal: a schema is wrong. Nothing was touched.
@@ -77,7 +86,7 @@ def rebuild_day(
     with postgres.connect() as connection:
         check_platform(connection)
         scope = _Scope(lambda _table: [of_day(day)])
-        return _rebuild(connection, clickhouse, scope, log, dry_run=dry_run)
+        return _rebuild(connection, clickhouse, scope, log, dry_run=dry_run, grace=grace)
 
 
 def _selections(table: SpanTable, request: RebuildRequest) -> Iterator[Selection]:
@@ -93,6 +102,7 @@ def _rebuild(
     log: Log,
     *,
     dry_run: bool,
+    grace: timedelta | None = None,
 ) -> Rebuilt:
     store = ObjectStore.at(clickhouse.settings.object_store_url)
     session = None if scope.session is None else str(scope.session)
@@ -111,7 +121,7 @@ def _rebuild(
     if not dry_run:
         ensure_schema(connection)
         _lock(connection, filter(None, spans), log)
-    merged = merge(connection, log, dry_run=dry_run)
+    merged = merge(connection, log, dry_run=dry_run, grace=grace)
     for item, fields in merged.taken_back:
         log(f"{'Would take' if dry_run else 'Took'} back {', '.join(fields)} of item {item}")
     links = link(connection, dry_run=dry_run)
@@ -132,6 +142,7 @@ def _rebuild(
         spans_of_unknown_projects=unknown,
         out_of_scope=out_of_scope,
         recovered=recovered,
+        underway=merged.underway,
         reasons=reasons,
         taken_back=merged.taken_back,
     )
@@ -147,8 +158,10 @@ def _out_of_scope(connection: Connection) -> int:
 def _lock(connection: Connection, projects: Iterable[str], log: Log) -> None:
     """One rebuild per project at a time; the locks go with the connection, however it ends."""
     for project in sorted(projects):  # In one order everywhere: nobody waits in a circle.
-        key = f"everruns_pipelines.items {project}"
-        query = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
-        if connection.execute(query, [key]).fetchone() != (True,):
-            log(f"Waiting: another rebuild of project {project} is running")
-            connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
+        name = f"everruns_pipelines.items {project}"
+        row = connection.execute("SELECT hashtextextended(%s, 0)", [name]).fetchone()
+        assert row is not None
+        while connection.execute("SELECT pg_try_advisory_lock(%s)", row).fetchone() != (True,):
+            running = f"another rebuild of project {project} is running"
+            log(f"Waiting: {running}")
+            wait_for_lock(connection, row[0], running.capitalize(), _LOCK_SECONDS)

@@ -4,12 +4,13 @@ Reported items have an order, by the end of their span first. A look begins behi
 it and says how far it came, so that one look after the other sees every item once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
-from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.items.database import ensure_schema
 from everruns_pipelines.items.reading import copy
@@ -58,46 +59,57 @@ class Look:
     reached: Position
 
 
-def find_unstored(
-    postgres: PostgresDatabase,
-    clickhouse: ClickHouseDatabase,
-    after: Position,
-    until: Position,
-    patience: float,
-) -> Look:
-    """Look at the items of spans behind a position that ended until another one did.
+@dataclass(frozen=True)
+class Watch:
+    """Looks at what spans reported, on one connection to each database."""
 
-    Args:
-        patience: how long to wait for the embedded ClickHouse, in seconds.
+    connection: Connection
+    table: SpanTable
 
-    Raises:
-        Refusal: a table is missing, or the embedded ClickHouse is in use.
-        ClickHouseFailure: ClickHouse cannot be asked.
-        psycopg.Error: PostgreSQL cannot be asked.
-    """
-    if after >= until:
-        return Look([], 0, until)
-    with postgres.connect() as connection:
-        ensure_schema(connection)
-        know_projects(connection, None)
-        connection.execute(_SQL["stage"])
-        with clickhouse.connect(patience=patience) as opened:
-            table = SpanTable.of(opened, clickhouse.settings.spans_table)
-            query = table.reported(after, until.ended_ns, MOST_REPORTED)
-            copy(connection, _SQL["copy"], opened.stream(*query))
-        connection.execute("ANALYZE reported")
-        last = connection.execute(_SQL["last"]).fetchone()
-        rows = connection.execute(_SQL["unstored"], {"most": MOST_UNSTORED}).fetchall()
-    seen: int = 0 if last is None else last[0]
-    unstored = [Unstored(row[0], row[1], row[2], _position(row[3:])) for row in rows]
-    if len(unstored) == MOST_UNSTORED:
-        reached = unstored[-1].position
-    elif last is not None and seen == MOST_REPORTED:
-        reached = _position(last[1:])
-    else:
-        # Behind all that ended in that nanosecond.
-        reached = Position(until.ended_ns + 1)
-    return Look(unstored, seen, reached)
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, postgres: PostgresDatabase, clickhouse: ClickHouseDatabase, within: float
+    ) -> Generator[Self]:
+        """Ready to look.
+
+        Args:
+            within: seconds for connecting and for all looks.
+
+        Raises:
+            Refusal: a table is missing, a database cannot be reached or has not answered in time,
+                or the embedded ClickHouse is in use.
+            ClickHouseFailure: ClickHouse cannot be asked, or not in time.
+            psycopg.Error: PostgreSQL cannot be asked.
+        """
+        with postgres.connect(within=within) as connection:
+            ensure_schema(connection)
+            know_projects(connection, None)
+            connection.execute(_SQL["stage"])
+            # Another run that reads the embedded engine is hardly worth waiting for.
+            with clickhouse.connect(patience=within / 4, within=within) as opened:
+                yield cls(connection, SpanTable.of(opened, clickhouse.settings.spans_table))
+
+    def look(self, after: Position, until: Position) -> Look:
+        """Look at the items of spans behind a position that ended until another one did."""
+        if after >= until:
+            return Look([], 0, until)
+        self.connection.execute("TRUNCATE reported")
+        query = self.table.reported(after, until.ended_ns, MOST_REPORTED)
+        copy(self.connection, _SQL["copy"], self.table.clickhouse.stream(*query))
+        self.connection.execute("ANALYZE reported")
+        last = self.connection.execute(_SQL["last"]).fetchone()
+        rows = self.connection.execute(_SQL["unstored"], {"most": MOST_UNSTORED}).fetchall()
+        seen: int = 0 if last is None else last[0]
+        unstored = [Unstored(row[0], row[1], row[2], _position(row[3:])) for row in rows]
+        if len(unstored) == MOST_UNSTORED:
+            reached = unstored[-1].position
+        elif last is not None and seen == MOST_REPORTED:
+            reached = _position(last[1:])
+        else:
+            # Behind all that ended in that nanosecond.
+            reached = Position(until.ended_ns + 1)
+        return Look(unstored, seen, reached)
 
 
 def _position(row: Sequence[Any]) -> Position:

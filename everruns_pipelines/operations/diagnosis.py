@@ -18,6 +18,7 @@ from everruns_pipelines.databases.postgres import (
     PostgresDatabase,
 )
 from everruns_pipelines.errors import FieldError, Refusal
+from everruns_pipelines.items.rebuild import GRACE as ITEMS_GRACE
 from everruns_pipelines.items.rebuild import rebuild_day
 from everruns_pipelines.reporting.backfill import Missing, look
 from everruns_pipelines.reporting.catalog import FACTS
@@ -335,7 +336,9 @@ def _items(
     for day in days:
         log(f"Comparing items with their spans, {day}")
         try:
-            would = rebuild_day(databases.items, databases.clickhouse, day, log, dry_run=True)
+            would = rebuild_day(
+                databases.items, databases.clickhouse, day, log, dry_run=True, grace=ITEMS_GRACE
+            )
         except (Refusal, ClickHouseFailure) as failure:
             unknown.append(f"items: {failure}")
             return
@@ -346,9 +349,10 @@ def _items(
         yield Day(
             ITEMS,
             day,
-            would.processed,
+            would.processed + would.underway,
             would.inserted,
             would.refreshed,
             0,
+            would.underway,
             rejected=would.rejected + would.offloaded,
         )

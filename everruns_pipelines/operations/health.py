@@ -52,8 +52,8 @@ _DAYS_SCHEMA = dg.TableSchema(
 
 
 _PROMISES = {
-    "missing": f"No row is missing: in the last {_DAYS} days, nor a fact of any age.",
-    "stale": f"No row is stale: in the last {_DAYS} days, nor a fact of any age "
+    "missing": f"No row of the last {_DAYS} days is missing, and no fact of any age.",
+    "stale": f"No row of the last {_DAYS} days is stale, and no fact of any age "
     "whose source has changed.",
     "orphaned": f"Every row of the last {_DAYS} days has a source, or one in the archive.",
 }
@@ -69,9 +69,9 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     @dg.asset(
         key=asset_key(settings, _HEALTH),
         group_name="operations",
-        description="How the derived data fares: the backlog and lag of the outbox, and what is "
-        f"missing, stale or orphaned in the last {_DAYS} days of every table, or of any age. "
-        "`everruns-pipelines diagnose` tells the same in a terminal.",
+        description="The state of the derived data: the backlog and lag of the outbox; what is "
+        f"missing, stale or orphaned in each of the last {_DAYS} days; and how much is missing or "
+        "stale at any age. `everruns-pipelines diagnose` tells the same in a terminal.",
         kinds={"postgres"},
         owners=["team:everruns"],
         deps=[asset_key(settings, table) for part in settings.parts for table in _TABLES[part]],

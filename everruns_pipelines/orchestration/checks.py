@@ -37,7 +37,7 @@ class CheckConfig(dg.Config):
 
     days: int = Field(
         7,
-        description=f"How many days to look at, up to and with today: 1 to {MOST_DAYS}. "
+        description=f"How many days to look at, today included: 1 to {MOST_DAYS}. "
         "A run of a partition, or of a range of them, looks at these days instead.",
     )
 

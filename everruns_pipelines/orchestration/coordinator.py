@@ -27,7 +27,9 @@ class LabellingRunCoordinator(QueuedRunCoordinator):
     def submit_run(self, context: SubmitRunContext) -> DagsterRun:
         """Queue a run."""
         run = context.dagster_run
-        self._instance.add_run_tags(run.run_id, labels(run.tags, run.run_config))
+        found = labels(run.tags, run.run_config)
+        if not found.items() <= run.tags.items():
+            self._instance.add_run_tags(run.run_id, found)
         return super().submit_run(context)
 
 

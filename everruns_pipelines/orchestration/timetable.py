@@ -44,8 +44,8 @@ def _day_schedule(
         cron_schedule=cron(at),
         job=job,
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"Materializes and checks the last {days} days up to and with today, "
-        f"in one run: {at} UTC.",
+        description=f"Materializes and checks the last {days} days, today included, "
+        f"in one run at {at} UTC.",
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
         today = context.scheduled_execution_time.astimezone(UTC).date()

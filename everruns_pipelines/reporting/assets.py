@@ -27,7 +27,7 @@ from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, Column, Fact
-from everruns_pipelines.reporting.lineage import tables_of
+from everruns_pipelines.reporting.lineage import columns_of, tables_of
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 from everruns_pipelines.settings import Settings
 
@@ -103,6 +103,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         ),
         metadata={
             "dagster/column_schema": _schema(fact.columns),
+            "dagster/column_lineage": _lineage(fact, settings),
             "dagster/table_name": f"public.{fact.table}",
         },
         tags={"domain": "reporting"},
@@ -144,6 +145,15 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
 def _schema(columns: Sequence[Column]) -> dg.TableSchema:
     return dg.TableSchema(
         [dg.TableColumn(column.name, column.type, column.description) for column in columns]
+    )
+
+
+def _lineage(fact: Fact, settings: Settings) -> dg.TableColumnLineage:
+    return dg.TableColumnLineage(
+        {
+            name: [dg.TableColumnDep(asset_key(settings, table), column) for table, column in of]
+            for name, of in columns_of(fact).items()
+        }
     )
 
 

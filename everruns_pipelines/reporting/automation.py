@@ -44,8 +44,9 @@ HEALING_SENSOR = "reporting_healing_sensor"
 # disturb each other, so another beside a run that has been at work for this long is safe.
 _AT_WORK = timedelta(hours=1)
 # A run that lingers is relieved so long before it ends, in seconds: until the next one has been
-# seen to be wanted, has left the queue and has started Python, nobody would drain the outbox.
-_RELIEF_SECONDS = 30
+# seen to be wanted, has left the queue and has started, nobody would drain the outbox. A process
+# starts in five seconds, a pod in thirty.
+_RELIEF_SECONDS = 60
 # As many as one backfill enqueues. The next one follows once these are projected.
 _HEALED_AT_ONCE = 10_000
 # Looking takes at most a tenth of the time.

@@ -12,27 +12,21 @@ from functools import partial
 from threading import Event
 
 import psycopg
-from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
 from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
 from everruns_pipelines.reporting.deaths import Deaths
-from everruns_pipelines.reporting.outbox import Outbox
+from everruns_pipelines.reporting.outbox import Outbox, Taken
 from everruns_pipelines.reporting.projector import (
     Outcome,
     lock_sessions,
     project_selection,
     projections_of,
-    stage_parts,
     try_lock_sessions,
 )
 
 # Sessions come last: until the transaction has ended, nobody else projects any.
 _ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
-_SELECTED = sql.SQL(
-    "SELECT source_type, org_id, source_id, is_new, is_apart FROM pg_temp.batch"
-    " WHERE source_id IS NOT NULL"
-)
 
 _SECONDS = 0.2  # that a batch should take
 _LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
@@ -134,7 +128,7 @@ class Batches:
         deaths = self._deaths
         if deaths.is_cautious and deaths.part is None:
             with transaction(self._connection):
-                if self._outbox.take(size, cutoff):
+                if self._outbox.take(size, cutoff).rows:
                     deaths.name_batch()
             deaths.is_cautious = False
         drained = None
@@ -147,7 +141,7 @@ class Batches:
             deaths.part = None
         return drained
 
-    def _batch(self, take: Callable[[], int]) -> Drained | None:
+    def _batch(self, take: Callable[[], Taken]) -> Drained | None:
         connection = self._connection
         with transaction(connection):
             if self._awaits_sessions:
@@ -155,17 +149,16 @@ class Batches:
                 lock_sessions(connection)
             connection.execute(_SHORT_WAIT)
             taken = take()
-            drained = self._project_batch(taken) if taken else None
+            drained = self._project_batch(taken) if taken.rows else None
             if self._deaths.part is not None:
                 self._deaths.acquit()
         return drained
 
-    def _project_batch(self, taken: int) -> Drained:
-        parts = stage_parts(self._connection, _SELECTED, {})
-        drained = Drained(taken)
+    def _project_batch(self, taken: Taken) -> Drained:
+        drained = Drained(taken.rows)
         self._awaits_sessions = False
         for source in _ORDER:
-            of_source = [part for part in parts if part.source_type == source.type]
+            of_source = [part for part in taken.parts if part.source_type == source.type]
             if source is SESSION and of_source and not try_lock_sessions(self._connection):
                 drained.claimed -= self._outbox.leave_sessions()
                 self._awaits_sessions = True
@@ -178,7 +171,6 @@ class Batches:
                     part.last,
                     facts=part.facts,
                 )
-                self._outbox.note_failures(source, outcome.failures)
                 drained.outcome.add(Outcome(outcome.counts))
         finished = self._outbox.finish()
         drained.completed = finished.completed

@@ -20,6 +20,7 @@ from psycopg.pq import TransactionStatus
 from everruns_pipelines.databases.postgres import Connection, transaction
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.reporting.outbox import Taken
 
 # Of projectors that were working on one row, and on nothing else, until it is parked.
 MOST_DEATHS = 3
@@ -93,17 +94,21 @@ class Deaths:
             return  # another projector was faster
         self.part = row[0]
 
-    def take_part(self, size: int, cutoff: datetime, org_id: int | None) -> int:
+    def take_part(self, size: int, cutoff: datetime, org_id: int | None) -> Taken:
         """Take up to `size` rows of the part; see `Outbox.take`."""
         types = [source.type for source in SOURCES]
-        return self._execute(
-            "take_part",
-            part=self.part,
-            size=size,
-            cutoff=cutoff,
-            org_id=org_id,
-            source_types=types,
-        ).rowcount
+        taken = Taken()
+        taken.add(
+            self._execute(
+                "take_part",
+                part=self.part,
+                size=size,
+                cutoff=cutoff,
+                org_id=org_id,
+                source_types=types,
+            )
+        )
+        return taken
 
     def acquit(self) -> None:
         """The rows of the batch did no harm, if only this transaction is committed."""

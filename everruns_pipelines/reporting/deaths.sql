@@ -59,7 +59,7 @@ WHERE NOT EXISTS (
 
 -- name: name_batch
 INSERT INTO everruns_pipelines.outbox_suspects (outbox_id, part)
-SELECT id, %(part)s FROM pg_temp.batch
+SELECT outbox_id, %(part)s FROM pg_temp.selection
 ON CONFLICT DO NOTHING
 
 -- name: try_part
@@ -83,32 +83,41 @@ ORDER BY suspect.deaths, suspect.part
 LIMIT 1
 
 -- name: take_part
-INSERT INTO pg_temp.batch (
-    place, id, org_id, source_type, source_id, is_new, is_apart, error
+-- As rows that failed are taken: see `take` in outbox.sql.
+WITH taken AS (
+    SELECT
+        *,
+        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
+        row_number() OVER () + 1000000 * array_position(%(source_types)s, source_type) AS part
+    FROM (
+        SELECT ctid AS place, id, org_id, source_type, source_id
+        FROM reporting_outbox
+        WHERE id IN (
+                SELECT outbox_id FROM everruns_pipelines.outbox_suspects WHERE part = %(part)s
+            )
+            AND status IN ('pending', 'failed')
+            AND next_attempt_at <= %(cutoff)s
+            AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
+        LIMIT %(size)s
+        FOR UPDATE SKIP LOCKED
+    ) AS due
+),
+selected AS (
+    INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
+    SELECT
+        CASE WHEN uuid IS NOT NULL THEN part END,
+        source_type,
+        org_id,
+        uuid,
+        place,
+        id,
+        CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
+    FROM taken
 )
-SELECT
-    place,
-    id,
-    org_id,
-    source_type,
-    CASE WHEN is_uuid THEN source_id::uuid END,
-    false,
-    true,
-    CASE WHEN NOT is_uuid AND source_type = ANY (%(source_types)s) THEN 'the source id is no UUID' END
-FROM (
-    SELECT ctid AS place, *
-    FROM reporting_outbox
-    WHERE id IN (
-            SELECT outbox_id FROM everruns_pipelines.outbox_suspects WHERE part = %(part)s
-        )
-        AND status IN ('pending', 'failed')
-        AND next_attempt_at <= %(cutoff)s
-        AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
-    LIMIT %(size)s
-    FOR UPDATE SKIP LOCKED
-) AS due
-CROSS JOIN LATERAL (SELECT pg_input_is_valid(source_id, 'uuid') AS is_uuid) AS checked
+SELECT source_type, false, min(part), max(part), count(*)
+FROM taken
+GROUP BY source_type
 
 -- name: acquit
 DELETE FROM everruns_pipelines.outbox_suspects
-WHERE outbox_id IN (SELECT id FROM pg_temp.batch)
+WHERE outbox_id IN (SELECT outbox_id FROM pg_temp.selection)

@@ -13,8 +13,9 @@ from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES, USAGE_LEDGER
-from everruns_pipelines.reporting.projector import project_selection, projections_of, stage
+from everruns_pipelines.reporting.projector import project_selection, projections_of
 from everruns_pipelines.reporting.query import KEY_OF_FACT, stands
+from everruns_pipelines.reporting.selection import stage
 
 _SQL = read_statements("everruns_pipelines.reporting", "erasure.sql")
 _TABLES = (
@@ -60,9 +61,7 @@ def erase(connection: Connection, session_id: str, *, dry_run: bool = False) -> 
     parameters = {"session_id": UUID(check_session_id(session_id))}
     with connection.transaction() as erasing:
         row = connection.execute(_statement(), parameters).fetchone()
-        postings = sql.SQL(_SQL["postings_that_name_it"]).format(
-            type=sql.Literal(USAGE_LEDGER.type), key=KEY_OF_FACT, is_gone=_IS_GONE
-        )
+        postings = sql.SQL(_SQL["postings_that_name_it"]).format(key=KEY_OF_FACT, is_gone=_IS_GONE)
         staged = stage(connection, postings, parameters)
         project_selection(connection, projections_of(USAGE_LEDGER), 1, staged)
         if dry_run:

@@ -65,7 +65,7 @@ reporting_outbox AS (
 
 -- name: postings_that_name_it
 -- Ledger rows outlive a session, and no longer name it: their facts are to follow.
-SELECT {type} AS source_type, fact.org_id, key.id AS source_id
+SELECT fact.org_id, key.id AS source_id
 FROM fact_budget_posting AS fact
 {key}
 WHERE fact.session_id = %(session_id)s AND {is_gone}

@@ -45,7 +45,7 @@ class EnqueueConfig(dg.Config):
         description="Some of event, session, llm_generation, usage_ledger; null for all.",
     )
     dry_run: bool = Field(
-        False, description="Count what would be enqueued; write nothing and drain nothing."
+        False, description="Only count what would be enqueued: write nothing, project nothing."
     )
 
 
@@ -53,14 +53,16 @@ class ProjectConfig(dg.Config):
     """Which outbox rows to project, and how many. Only rows that are due are taken."""
 
     org_id: int | None = Field(None, description="One organization; null for all of them.")
-    batch_size: int = Field(5000, description="Outbox rows per transaction: 1 to 100000.")
+    batch_size: int = Field(
+        5000, description="The most outbox rows of one transaction: 1 to 100000."
+    )
     max_rows: int | None = Field(
-        None, description="The most outbox rows to project; null until nothing is due."
+        None, description="The most outbox rows to project; null for all that are due."
     )
     linger_seconds: int = Field(
         0,
-        description="How long to stay for rows that become due meanwhile, looking every second: "
-        "0 to 3600. With 0 it projects what was due when it began.",
+        description="How many seconds to stay and wait for more rows to become due: 0 to 3600. "
+        "With 0 the run projects what was due when it began, and ends.",
     )
 
 
@@ -93,8 +95,9 @@ def enqueue_op(
         prepare(connection)
         context.log.info("Looking for sources whose facts are missing or stale")
         counts = enqueue(connection, request)
+    by_type = ", ".join(f"{rows} {name}" for name, rows in counts.items() if name != "enqueued")
     context.log.info(
-        f"{counts['enqueued']} {'would be' if config.dry_run else 'are'} enqueued: {counts}"
+        f"{counts['enqueued']} {'would be' if config.dry_run else 'are'} enqueued: {by_type}"
     )
     yield dg.Output(counts, "result", metadata=dict(counts))
     if not config.dry_run:

@@ -3,9 +3,9 @@
 Its statements stand in `outbox.sql`, each under its name.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,9 +15,9 @@ from psycopg.pq import TransactionStatus
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.reporting.catalog import SOURCES, Source
+from everruns_pipelines.reporting.catalog import SOURCES
 from everruns_pipelines.reporting.database import require_org
-from everruns_pipelines.reporting.projector import Failure
+from everruns_pipelines.reporting.selection import Facts, Part, make_selection
 
 _PURGE_SIZE = 10_000
 
@@ -34,6 +34,24 @@ _AS_BEFORE = sql.SQL("; ").join(
 _SQL = read_statements("everruns_pipelines.reporting", "outbox.sql")
 
 
+@dataclass
+class Taken:
+    """What was taken: so many rows of the outbox, and which parts of the selection they are."""
+
+    rows: int = 0
+    parts: list[Part] = field(default_factory=list[Part])
+
+    def add(self, found: Iterable[tuple[Any, ...]]) -> None:
+        """Take in what a statement found: source type, is it new, the first and last number of its
+        sources, if any, and how many rows.
+        """
+        for source_type, is_new, first, last, rows in found:
+            self.rows += rows
+            if first is not None:
+                facts = Facts.NEW if is_new else Facts.KNOWN
+                self.parts.append(Part(source_type, facts, first, last))
+
+
 @dataclass(frozen=True)
 class Finished:
     """How many rows of a batch ended how. Parked ones are among the failed."""
@@ -47,7 +65,7 @@ class Finished:
 class Outbox:
     """A projector's hold on the queue, for the life of its connection.
 
-    What it takes, it holds by row locks until the transaction ends: the temporary table `batch`.
+    What it takes, it holds by row locks until the transaction ends.
     """
 
     connection: Connection
@@ -66,7 +84,7 @@ class Outbox:
         prepare_threshold = connection.prepare_threshold
         connection.prepare_threshold = 2**31  # what asks for it is prepared, and nothing else
         connection.execute(_BY_KEY)
-        connection.execute(_SQL["make_batch"])
+        make_selection(connection)
         try:
             yield cls(connection, max_attempts, org_id)
         finally:
@@ -84,44 +102,33 @@ class Outbox:
         assert row is not None
         return row[0]
 
-    def take(self, size: int, cutoff: datetime) -> int:
+    def take(self, size: int, cutoff: datetime) -> Taken:
         """Take up to `size` rows that were due at the cutoff, in equal shares per organization.
 
         Rows that others hold are passed over.
         """
         types = [source.type for source in SOURCES]
-        taken = 0
-        while taken < size:
-            more = self._execute(
+        taken = Taken()
+        while taken.rows < size:
+            found = self._execute(
                 "take",
                 org_id=self.org_id,
-                size=size - taken,
+                size=size - taken.rows,
                 cutoff=cutoff,
                 source_types=types,
-            ).rowcount
-            if more == 0:
+                taken=taken.rows,
+            )
+            if found.rowcount == 0:
                 break
-            taken += more
+            taken.add(found)
         return taken
 
     def leave_sessions(self) -> int:
-        """Let the batch have no rows of sessions; how many it had."""
+        """Let go of the rows of sessions; how many there were."""
         return self._execute("leave").rowcount
 
-    def note_failures(self, source: Source, failures: list[Failure]) -> None:
-        """Note which rows of the batch fail, and why."""
-        if not failures:
-            return
-        self._execute(
-            "note_failures",
-            source_type=source.type,
-            org_ids=[failure.org_id for failure in failures],
-            source_ids=[failure.source_id for failure in failures],
-            reasons=[failure.reason for failure in failures],
-        )
-
     def finish(self) -> Finished:
-        """Complete or fail every row of the batch."""
+        """Complete or fail every row that is held."""
         completed = self._execute("complete").rowcount
         row = self._execute("fail", max_attempts=self.max_attempts).fetchone()
         assert row is not None

@@ -3,21 +3,6 @@
 -- The row lock is the claim. A projector takes due rows with FOR UPDATE SKIP LOCKED, projects them,
 -- completes them and commits: one transaction. If it dies, nothing is left to return.
 
--- name: make_batch
--- The rows that this projector holds. `place` is where each lies in the outbox: it stays there while
--- it is locked. `is_new`: its source has no facts yet, unless somebody made the day right or deleted
--- outbox rows; then that is noticed. `is_apart`: it has failed before.
-CREATE TEMPORARY TABLE IF NOT EXISTS batch (
-    place tid NOT NULL,
-    id uuid NOT NULL,
-    org_id bigint NOT NULL,
-    source_type text NOT NULL,
-    source_id uuid,
-    is_new boolean NOT NULL,
-    is_apart boolean NOT NULL,
-    error text
-) ON COMMIT DELETE ROWS
-
 -- name: return_stale
 -- Rows of foreign projectors, which mark what they claim as processing, and of our own earlier
 -- releases. One that has not finished a row after 15 minutes is taken for dead, which is no failure
@@ -36,13 +21,17 @@ WHERE id = ANY (
 
 -- name: take
 -- Up to `size` rows that were due at the cutoff, in equal shares per organization that has any, the
--- oldest first, into the batch. One whose source id is malformed fails.
+-- oldest first, into the selection. One whose source id is malformed fails.
+--
+-- What is projected together is numbered together. `is_new`: the source has no facts yet, unless
+-- somebody made the day right or deleted outbox rows; then that is noticed. `is_apart`: it has
+-- failed before.
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
 WITH set_aside AS MATERIALIZED (
-    -- What is in the batch already, and what a projector may have died of: that is tried apart.
-    SELECT id FROM pg_temp.batch
+    -- What is taken already, and what a projector may have died of: that is tried apart.
+    SELECT outbox_id FROM pg_temp.selection
     UNION ALL
     SELECT outbox_id FROM everruns_pipelines.outbox_suspects
 ),
@@ -54,7 +43,7 @@ waiting AS MATERIALIZED (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM set_aside)
+                AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -63,7 +52,7 @@ waiting AS MATERIALIZED (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM set_aside)
+                AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
@@ -78,65 +67,86 @@ due AS (
     SELECT
         oldest.*,
         row_number() OVER (
-            PARTITION BY waiting.org_id ORDER BY next_attempt_at, oldest.created_at
+            PARTITION BY oldest.org_id ORDER BY next_attempt_at, created_at
         ) AS rank
     FROM waiting
     CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT ctid AS place, *
+            SELECT
+                ctid AS place,
+                id,
+                org_id,
+                source_type,
+                source_id,
+                attempts = 0 AND claimed_at IS NULL AND source_version = source_id AS is_new,
+                false AS is_apart,
+                next_attempt_at,
+                created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM set_aside)
+                AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS pending
         UNION ALL
         SELECT * FROM (
-            SELECT ctid AS place, *
+            SELECT
+                ctid AS place,
+                id,
+                org_id,
+                source_type,
+                source_id,
+                false AS is_new,
+                true AS is_apart,
+                next_attempt_at,
+                created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT id FROM set_aside)
+                AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS failed
     ) AS oldest
+),
+taken AS (
+    SELECT
+        *,
+        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
+        -- Not sorted: each kind has a range of its own, larger than any batch.
+        %(taken)s + row_number() OVER () + 1000000 * (
+            4 * array_position(%(source_types)s, source_type) + 2 * is_new::int + is_apart::int
+        ) AS part
+    FROM (
+        SELECT *
+        FROM due
+        WHERE rank <= (SELECT size FROM share)
+        ORDER BY rank, next_attempt_at
+        LIMIT %(size)s
+    ) AS oldest
+),
+selected AS (
+    INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
+    SELECT
+        CASE WHEN uuid IS NOT NULL THEN part END,
+        source_type,
+        org_id,
+        uuid,
+        place,
+        id,
+        CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
+    FROM taken
 )
-INSERT INTO pg_temp.batch (
-    place, id, org_id, source_type, source_id, is_new, is_apart, error
-)
-SELECT
-    place,
-    id,
-    org_id,
-    source_type,
-    CASE WHEN is_uuid THEN source_id::uuid END,
-    attempts = 0 AND claimed_at IS NULL AND source_version = source_id,
-    status = 'failed',
-    CASE WHEN NOT is_uuid AND source_type = ANY (%(source_types)s) THEN 'the source id is no UUID' END
-FROM (
-    SELECT *, pg_input_is_valid(source_id, 'uuid') AS is_uuid
-    FROM due
-    WHERE rank <= (SELECT size FROM share)
-    ORDER BY rank, next_attempt_at
-    LIMIT %(size)s
-) AS taken
+SELECT source_type, is_new, min(part), max(part), count(*)
+FROM taken
+GROUP BY source_type, is_new, is_apart
 
 -- name: leave
 -- Rows of sessions stay due: another projector is at sessions.
-DELETE FROM pg_temp.batch WHERE source_type = 'session'
-
--- name: note_failures
-UPDATE pg_temp.batch
-SET error = left(failed.reason, 2000)
-FROM unnest(%(org_ids)s::bigint[], %(source_ids)s::uuid[], %(reasons)s::text[])
-    AS failed (org_id, source_id, reason)
-WHERE batch.source_type = %(source_type)s
-    AND batch.org_id = failed.org_id
-    AND batch.source_id = failed.source_id
+DELETE FROM pg_temp.selection WHERE source_type = 'session'
 
 -- name: complete
 -- The only update of a row that succeeds. Whoever enqueues it meanwhile waits for this transaction
@@ -147,7 +157,7 @@ SET status = 'completed',
     claimed_at = now(),
     last_error = NULL,
     updated_at = now()
-WHERE ctid = ANY (ARRAY(SELECT place FROM pg_temp.batch WHERE error IS NULL))
+WHERE ctid = ANY (ARRAY(SELECT place FROM pg_temp.selection WHERE error IS NULL))
 
 -- name: fail
 WITH failed AS (
@@ -161,11 +171,11 @@ WITH failed AS (
                 secs => least(2 ^ least(outbox.attempts + 1, 8) * 30, 3600)
             )
         END,
-        last_error = batch.error,
+        last_error = selection.error,
         updated_at = now()
-    FROM pg_temp.batch
-    WHERE outbox.ctid = ANY (ARRAY(SELECT place FROM pg_temp.batch WHERE error IS NOT NULL))
-        AND batch.place = outbox.ctid
+    FROM pg_temp.selection
+    WHERE outbox.ctid = ANY (ARRAY(SELECT place FROM pg_temp.selection WHERE error IS NOT NULL))
+        AND selection.place = outbox.ctid
     RETURNING outbox.next_attempt_at
 )
 SELECT count(*), count(*) FILTER (WHERE next_attempt_at = 'infinity') FROM failed

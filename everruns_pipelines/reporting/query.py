@@ -8,11 +8,11 @@ from psycopg import sql
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
-# Sources staged by `projector.stage`, part by part.
+# Sources of the selection, part by part.
 STAGED = sql.SQL(
     "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
     " AND selection.org_id = {org_id}"
-    " AND selection.part BETWEEN %(first)s AND %(last)s {of_types}"
+    " AND selection.part BETWEEN %(first)s AND %(last)s"
 )
 # What happened on a day from `first` to `last`. A join without columns, so that the condition can
 # stand where joins do.
@@ -62,11 +62,55 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
         selection=selection.format(
             org_id=org_id,
             session_id=sql.SQL("source.id" if source is SESSION else "source.session_id"),
-            of_types=_of_types("AND selection.event_type", event_types),
             time=sql.Identifier("source", source.time),
         ),
-        where=_of_types("WHERE source.event_type", event_types),
+        where=of_types("WHERE source.event_type", event_types),
     )
+
+
+def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
+    """The same of the selection, from number `first` to `last`, each once, looked up one by one.
+
+    OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
+    """
+    text = _OF_A_SESSION if source.org_from_session else _OF_ITS_OWN
+    return sql.SQL(text).format(
+        columns=columns_of(source),
+        rows=rows_of(source),
+        of_types=of_types("AND source.event_type", event_types),
+    )
+
+
+_OF_A_SESSION = """
+SELECT selection.org_id, {columns}
+FROM (
+    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
+    FROM pg_temp.selection
+    WHERE part BETWEEN %(first)s AND %(last)s
+) AS selection
+CROSS JOIN LATERAL (
+    SELECT * FROM {rows} AS source WHERE source.id = selection.source_id {of_types} OFFSET 0
+) AS source
+CROSS JOIN LATERAL (
+    SELECT FROM sessions AS session
+    WHERE session.id = source.session_id AND session.org_id = selection.org_id
+    OFFSET 0
+) AS session
+"""
+
+_OF_ITS_OWN = """
+SELECT {columns}
+FROM (
+    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
+    FROM pg_temp.selection
+    WHERE part BETWEEN %(first)s AND %(last)s
+) AS selection
+CROSS JOIN LATERAL (
+    SELECT * FROM {rows} AS source
+    WHERE source.id = selection.source_id AND source.org_id = selection.org_id {of_types}
+    OFFSET 0
+) AS source
+"""
 
 
 def columns_of(source: Source) -> sql.Composed:
@@ -76,7 +120,8 @@ def columns_of(source: Source) -> sql.Composed:
     )
 
 
-def _of_types(column: LiteralString, event_types: Iterable[str]) -> sql.Composable:
+def of_types(column: LiteralString, event_types: Iterable[str]) -> sql.Composable:
+    """A condition for the column, unless any type will do."""
     types = [sql.Literal(event_type) for event_type in event_types]
     if not types:
         return sql.SQL("")
@@ -87,6 +132,13 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     """The rows that `projection` makes of the selection: the fact's columns, in their order,
     then `rejected` and `reported`.
     """
+    return made_rows(
+        fact, projection, selected_rows(projection.source, projection.event_types, selection)
+    )
+
+
+def made_rows(fact: Fact, projection: Projection, selected: sql.Composable) -> sql.Composed:
+    """The same, of source rows of the event types that the projection reads."""
     agent_id, harness_id = (
         _value(column, projection)
         for column in fact.columns
@@ -104,7 +156,7 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
         " LEFT JOIN harnesses AS harness"
         " ON harness.id = {harness_id} AND harness.org_id = projected.org_id"
     ).format(
-        selected=selected_rows(projection.source, projection.event_types, selection),
+        selected=selected,
         events=rows_of(EVENT),
         columns=sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))

@@ -21,11 +21,10 @@ from everruns_pipelines.databases.postgres import Connection, transaction, tried
 from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.projector import (
-    Failure,
     Outcome,
     lock_sessions,
     project_selection,
-    stage,
+    projections_of,
 )
 from everruns_pipelines.reporting.query import (
     BETWEEN,
@@ -36,6 +35,7 @@ from everruns_pipelines.reporting.query import (
     selected_rows,
     stands,
 )
+from everruns_pipelines.reporting.selection import Failure, stage
 
 # Sources per transaction: a day of any size is worked off in steps that others can wait for.
 _STEP = 20_000
@@ -330,8 +330,11 @@ def stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None
 def _project_step(connection: Connection, fact: Fact, day: date, start: int) -> Outcome:
     with transaction(connection, work_mem=_WORK_MEM):
         staged = _stage_day(connection, day, after=start, up_to=start + _STEP)
-        projections = tuple((fact, projection) for projection in fact.projections)
-        return project_selection(connection, projections, 1, staged)
+        outcome = Outcome()
+        for source in fact.sources:
+            projections = projections_of(source, [fact])
+            outcome.add(project_selection(connection, projections, 1, staged))
+        return outcome
 
 
 def _remove(
@@ -357,7 +360,7 @@ def _stage_day(
     return stage(
         connection,
         sql.SQL(
-            "SELECT NULL AS source_type, org_id, source_id"
+            "SELECT org_id, source_id"
             " FROM pg_temp.day_sources WHERE day = %(day)s"
             " AND number > %(after)s AND (%(up_to)s::bigint IS NULL OR number <= %(up_to)s)"
         ),

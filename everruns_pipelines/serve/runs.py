@@ -24,6 +24,7 @@ from sqlalchemy import exc, text
 from starlette.concurrency import run_in_threadpool
 
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.coordinator import labels
 
 TOKEN_TAG = "everruns/token"  # noqa: S105, the name of a tag
 KEY_TAG = "everruns/idempotency_key"
@@ -217,6 +218,8 @@ class Runs:
     def _create(self, workspace: WorkspaceRequestContext, wanted: Wanted, run_id: str) -> None:
         selector, job = _find_job(workspace, wanted.job)
         tags = {TOKEN_TAG: wanted.token, **({} if wanted.key is None else {KEY_TAG: wanted.key})}
+        # Here and not in the queue, which would write them by themselves.
+        tags |= labels(tags, wanted.run_config)
         create_valid_pipeline_run(
             workspace,
             job,

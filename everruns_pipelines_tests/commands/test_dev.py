@@ -11,9 +11,13 @@ from urllib import request
 import psycopg
 import pytest
 
+from everruns_pipelines.client import Deployment
 from everruns_pipelines.commands import dev, main
+from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines_tests.reporting.world import wait_until
+from everruns_pipelines.reporting.backfill import GLOBAL_LOCK
+from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines_tests.reporting.world import wait_until, waiting
 
 _MAIN = "from everruns_pipelines.commands.main import main; main()"
 
@@ -90,36 +94,52 @@ def test_a_daemon_that_is_gone_keeps_nobody_off(
 
 
 @pytest.mark.deploy
-def test_started_in_the_background_in_any_directory_it_ends_when_told_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_started_in_the_background_in_any_directory_it_ends_when_told_to_and_its_runs_with_it(
+    tmp_path: Path, told: signal.Signals
+) -> None:
+    home = tmp_path / "home"
     port = _free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"},
-        "EVERRUNS_HOME": str(tmp_path / "home"),
+        "EVERRUNS_HOME": str(home),
     }
-    with subprocess.Popen(
-        [sys.executable, "-c", _MAIN, "dev", "--port", port],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does with &
-    ) as process:
+    with (
+        psycopg.connect(embedded_postgres_url(home), autocommit=True) as platform,
+        subprocess.Popen(
+            [sys.executable, "-c", _MAIN, "dev", "--port", port],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does
+        ) as process,
+    ):
+        prepare(platform)
+        url = f"http://127.0.0.1:{port}"
 
         def answers() -> bool:
             try:
-                with request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=5):
+                with request.urlopen(f"{url}/server_info", timeout=5):
                     return True
             except OSError:
                 assert process.poll() is None
                 return False
 
         wait_until(answers, "the UI to answer", 120)
-        process.terminate()
+        platform.execute("SELECT pg_advisory_lock(%s)", [GLOBAL_LOCK])
+        run = Deployment(url).launch("backfill_reporting", {"enqueue": {"limit": 10}})
+        wait_until(lambda: waiting(platform), "the run to wait for the lock", 60)
+        process.send_signal(told)
         _, errors = process.communicate(timeout=60)
+        assert not waiting(platform)
     assert process.returncode == 0
     assert "temporary" not in errors
     assert "Traceback" not in errors
-    assert (tmp_path / "home" / "dagster" / "dagster.yaml").exists()
+    assert (home / "dagster" / "dagster.yaml").exists()
+    with psycopg.connect(embedded_postgres_url(home, DAGSTER_DATABASE)) as storage:
+        ended = storage.execute("SELECT status FROM runs WHERE run_id = %s", [run]).fetchone()
+    assert ended in {("CANCELED",), ("FAILURE",)}
 
 
 def _free_port() -> str:

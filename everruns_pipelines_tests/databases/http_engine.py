@@ -72,7 +72,7 @@ def serving(
     def answer(query: str, _database: str, bound: Mapping[str, str]) -> bytes:
         with clickhouse.connect() as opened:
             # The parameters come formatted already: below the client, straight to the engine.
-            client: Any = opened.client
+            client: Any = vars(opened.client)["_client"]
             for name, value in (profile or {}).items():
                 client._backend.set_client_setting(name, value)
             final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)

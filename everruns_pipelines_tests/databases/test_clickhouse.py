@@ -1,6 +1,8 @@
 """The directory of chDB that one process may have at a time, and what a server can do wrong."""
 
 import base64
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -189,3 +191,23 @@ def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClickHouseFailure, match="made up"):
         retrying(fail, told.append)
     assert (len(tries), len(told)) == (3, 2)
+
+
+_LONG = "SELECT count() AS rows FROM numbers(30000000000) WHERE cityHash64(number) = 1"
+
+
+def test_a_query_of_the_embedded_engine_ends_when_it_is_interrupted(directory: Path) -> None:
+    clickhouse = _resource(directory)
+    with clickhouse.connect() as opened:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            opened.rows(_LONG, {}, ["rows"])
+    with clickhouse.connect() as opened:
+        assert opened.rows("SELECT 1 AS one", {}, ["one"]) == [["1"]]
+
+
+def test_a_query_of_the_embedded_engine_ends_when_its_time_is_over(directory: Path) -> None:
+    with _resource(directory).connect(within=1) as opened:
+        for expected in ("Timeout exceeded", "not answered in the time allowed"):
+            with pytest.raises(ClickHouseFailure, match=expected):
+                opened.rows(_LONG, {}, ["rows"])

@@ -58,8 +58,8 @@ query Process($run: ID!) {
 _LOG = """
 query Log($run: ID!) {
     logsForRun(runId: $run) { ... on EventConnection { events {
-        ... on MessageEvent { message } ... on ErrorEvent { error { message } }
-        ... on ExecutionStepUpForRetryEvent { error { message } }
+        ... on MessageEvent { message }
+        ... on ExecutionStepUpForRetryEvent { error { causes { message } } }
     } } }
 }
 """
@@ -206,21 +206,25 @@ class Processes:
         return self.runs()[run]["status"]
 
     def told(self, run: str) -> str:
-        """Every message of a run's log."""
+        """Every message of a run's log, and why it tried again."""
         events = self._ask(_LOG, {"run": run})["logsForRun"]["events"]
-        errors = [event["error"]["message"] for event in events if event.get("error")]
-        return "\n".join([*(event.get("message", "") for event in events), *errors])
+        causes = [
+            cause["message"]
+            for event in events
+            if event.get("error")
+            for cause in event["error"]["causes"]
+        ]
+        return "\n".join([*(event.get("message", "") for event in events), *causes])
 
-    def process_of(self, run: str) -> int:
-        """The number of the process that works on a run."""
+    def processes_of(self, run: str) -> list[int]:
+        """The numbers of the processes that told that they work on a run."""
         events = self._ask(_PROCESS, {"run": run})["logsForRun"]["events"]
-        [number, *_] = [
+        return [
             int(entry.get("text") or entry["intRepr"])
             for event in events
             for entry in event.get("metadataEntries", ())
             if entry["label"] == "pid"
         ]
-        return number
 
     def retries_of(self, run: str) -> list[str]:
         return [

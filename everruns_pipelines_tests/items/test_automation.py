@@ -1,13 +1,15 @@
 """The sensor that heals lost POSTs, and the items' schedules."""
 
 import json
-from dataclasses import replace
+import socket
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import dagster as dg
 import pytest
 from dagster import DagsterInstance
+from pydantic import SecretStr
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import PostgresDatabase
@@ -173,12 +175,13 @@ def test_thousands_of_one_instant_are_all_found_and_stored_ones_take_no_others_p
         [ORGANIZATION, PROJECT, list(stored)],
     )
     found: list[str] = []
-    after, until = Position(0), Position(int(datetime.now(UTC).timestamp()) * 1_000_000_000)
-    while after < until:
-        after = replace(after, ended_ns=max(after.ended_ns, until.ended_ns - 3_600_000_000_000))
-        look = unstored.find_unstored(world.postgres, world.clickhouse, after, until, 5)
-        found += [one.position.dedupe_key for one in look.unstored]
-        after = look.reached
+    until = Position(int(ago(minutes=1).timestamp()) * 1_000_000_000)
+    after = Position(int(ago(hours=1).timestamp()) * 1_000_000_000)
+    with unstored.Watch.opened(world.postgres, world.clickhouse, 60) as watch:
+        while after < until:
+            look = watch.look(after, until)
+            found += [one.position.dedupe_key for one in look.unstored]
+            after = look.reached
     assert len(found) == len(set(found)) == 3_000
     assert not stored & set(found)
 
@@ -188,9 +191,75 @@ def test_items_are_given_time_to_arrive(world: World) -> None:
     assert "0 items reported" in said(tick(world))
 
 
-def test_what_ended_long_ago_is_left_to_the_nightly_run(world: World) -> None:
-    world.add(span("one", start=ago(hours=8)))
-    assert "0 items reported" in said(tick(world))
+def test_what_comes_in_late_by_hours_is_found_by_looks_at_the_last_days(
+    world: World, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automation, "_THIRD_LOOK", 3 * 3600)
+    world.add(span("first"))
+    cursor = tick(world).cursor
+    names = {f"{hours} hours late": hours for hours in (1.5, 2.5)}
+    world.add(*(span(name, start=ago(hours=hours)) for name, hours in names.items()))
+    healing = instance.add_run(
+        dg.DagsterRun(
+            "rebuild_items",
+            status=dg.DagsterRunStatus.STARTED,
+            tags={"dagster/sensor_name": automation.SENSOR},
+        )
+    )
+    assert "1 lack their row" in said(tick(world, cursor, runs=instance))
+    instance.report_run_canceled(healing)
+
+    job = build_definitions(world.postgres.settings).get_job_def("rebuild_items")
+    for _ in range(3):
+        result = tick(world, cursor, runs=instance)
+        for config in configs(result):
+            job.execute_in_process({"ops": {"rebuild": {"config": config}}}, instance=instance)
+        cursor = result.cursor
+    assert world.items().keys() == {key(name) for name in names}
+
+
+def test_of_many_ticks_each_launches_what_no_other_did(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of an hour in which nothing is healed, with times between whole seconds."""
+    monkeypatch.setattr(automation, "_THIRD_LOOK", 0)
+    names = [f"number {number}" for number in range(36)]
+    begin = ago(minutes=45)
+    world.add(
+        *(
+            span(name, start=begin + timedelta(seconds=20.3 * number))
+            for number, name in enumerate(names)
+        )
+    )
+    launched: list[str] = []
+    cursor: str | None = None
+    for number in range(9):
+        now = begin.timestamp() + 120.7 * number
+        monkeypatch.setattr("everruns_pipelines.items.automation.time", _Clock(now))
+        result = tick(world, cursor)
+        launched += traces(result)
+        cursor = result.cursor
+    assert sorted(launched) == sorted(name_id(name).hex for name in names)
+
+
+@dataclass
+class _Clock:
+    now: float
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_a_server_that_accepts_and_never_answers_is_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automation, "TICK_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = f"clickhouse://me:secret@127.0.0.1:{silent.getsockname()[1]}/default"
+        settings = world.clickhouse.settings.model_copy(update={"clickhouse_dsn": SecretStr(dsn)})
+        result = tick(world, clickhouse=ClickHouseDatabase(settings))
+    assert "ClickHouse failed" in said(result)
+    assert json.loads(result.cursor or "")["back_off"]["failures"] == 1
 
 
 def test_pending_spans_and_other_outputs_are_passed_over(world: World) -> None:
@@ -245,7 +314,7 @@ def test_a_missing_span_table_is_told(world: World) -> None:
 
 
 def test_a_busy_engine_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(automation, "_PATIENCE", 0.0)
+    monkeypatch.setattr(automation, "TICK_SECONDS", 1.0)
     with world.clickhouse.connect():
         assert "another run is reading the embedded ClickHouse" in said(tick(world))
 

@@ -1,5 +1,6 @@
 """Items in Dagster: the asset by day, its checks, and the job with its run config."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -22,6 +23,8 @@ _COUNTS = {
     "links_created",
     "links_unresolved",
 }
+
+_COUNTED = ("missing_rows", "underway_rows", "expected_rows")
 
 
 @pytest.fixture
@@ -119,6 +122,20 @@ def test_the_checks_find_missing_and_different_items(
     assert (missing.passed, missing.metadata["missing_rows"].value) == (False, 1)
     assert (different.passed, different.metadata["stale_rows"].value) == (False, 1)
     assert world.items().keys() == {key("different")}
+
+
+def test_what_was_reported_minutes_ago_may_be_under_way(
+    world: World, definitions: dg.Definitions
+) -> None:
+    links = [{"target_ref": "target", "relationship": "x"}]
+    for name, minutes in (("late", 16), ("under way", 5)):
+        started = datetime.now(UTC) - timedelta(minutes=minutes)
+        world.add(Span([envelope(name, links=links)], name=name, start=started))
+    world.post("target", ref="target")
+    result = definitions.resolve_job_def("check_items").execute_in_process()
+    found = {check.check_name: check for check in result.get_asset_check_evaluations()}
+    counted = {name: found["no_missing_rows"].metadata[name].value for name in _COUNTED}
+    assert counted == {"missing_rows": 1, "underway_rows": 1, "expected_rows": 2}
 
 
 def test_the_checks_find_a_missing_link(world: World, definitions: dg.Definitions) -> None:

@@ -14,7 +14,7 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.items import linking, merging
 from everruns_pipelines.items.accounting import Rebuilt
 from everruns_pipelines.items.database import ensure_schema
-from everruns_pipelines_tests.items.world import Span, World, envelope, key
+from everruns_pipelines_tests.items.world import PROJECT, Span, World, envelope, key
 
 _COUNT = 40
 
@@ -176,21 +176,46 @@ def test_two_rebuilds_of_one_session_at_once_both_succeed(
     assert len(world.links()) == _COUNT
 
 
-def test_a_rebuild_waits_for_another_and_says_so(world: World) -> None:
+def test_a_rebuild_waits_for_another_however_long_the_server_lets_it(world: World) -> None:
     world.add(Span([envelope("one")]))
-    project = world.connection.execute("SELECT id::text FROM projects").fetchone()
-    assert project is not None
-    lock = [f"everruns_pipelines.items {project[0]}"]
-    world.connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", lock)
+    world.connection.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET lock_timeout = 100', "
+        "current_database()); END $$"
+    )
+    lock = _lock_of_project(world)
+    world.connection.execute("SELECT pg_advisory_lock(%s)", lock)
+    release = threading.Timer(
+        0.5, world.connection.execute, ["SELECT pg_advisory_unlock(%s)", lock]
+    )
 
     def tell(message: str) -> None:
         world.log.append(message)
         if message.startswith("Waiting"):
-            world.connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", lock)
+            release.start()
 
     waiting = World(world.postgres, world.clickhouse, world.connection, _Log(tell))
     assert waiting.rebuild().inserted == 1
     assert any("another rebuild of project" in message for message in world.log)
+
+
+def test_a_rebuild_that_has_waited_for_too_long_says_who_holds_the_lock(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everruns_pipelines.items.rebuild._LOCK_SECONDS", 0.1)
+    world.add(Span([envelope("one")]))
+    world.connection.execute("SELECT pg_advisory_lock(%s)", _lock_of_project(world))
+    holder = f"held by the server's process {world.connection.info.backend_pid} "
+    with pytest.raises(Refusal, match=holder) as raised:
+        world.rebuild()
+    assert raised.value.code == "locked"
+    assert world.items() == {}
+
+
+def _lock_of_project(world: World) -> list[Any]:
+    name = f"everruns_pipelines.items {PROJECT}"
+    row = world.connection.execute("SELECT hashtextextended(%s, 0)", [name]).fetchone()
+    assert row is not None
+    return list(row)
 
 
 class _Log(list[str]):

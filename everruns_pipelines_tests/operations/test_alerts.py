@@ -2,9 +2,7 @@
 
 import json
 import logging
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,50 +15,17 @@ from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.receiver import Receiver
 
 SECRET = "hunter2"
 AWAY = f"postgresql://nobody:{SECRET}@127.0.0.1:1/nowhere"
 UI = "https://pipelines.example.com/data"
 
 
-class Receiver:
-    """Takes messages over HTTP, and refuses them while `status` is not 200."""
-
-    def __init__(self) -> None:
-        self.got: list[dict[str, Any]] = []
-        self.status = 200
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if receiver.status == 200:
-                    receiver.got.append(json.loads(body))
-                self.send_response(receiver.status)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                return
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"json://user:{SECRET}@127.0.0.1:{self.server.server_port}/hook"
-
-    def news(self) -> list[dict[str, Any]]:
-        """What came since the last call."""
-        got, self.got = self.got, []
-        return got
-
-
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.server.shutdown()
-    receiver.server.server_close()
+    with Receiver.listening(SECRET) as receiver:
+        yield receiver
 
 
 class Watch:
@@ -269,20 +234,18 @@ def test_who_could_not_be_told_is_told_later_and_nobody_twice(
     connection: Connection,
 ) -> None:
     database.prepare(connection)
-    other = Receiver()
-    urls = f"{receiver.url} {other.url}"
-    watch = Watch(instance, {**environment, "EVERRUNS_ALERT_URLS": urls})
-    other.status = 500
-    _enqueue(connection, "failed", "infinity")
-    watch.tick()
-    watch.tick()
-    assert (len(receiver.news()), len(other.news())) == (1, 0)
-    other.status = 200
-    watch.tick()
-    watch.tick()
-    assert (len(receiver.news()), len(other.news())) == (0, 1)
-    other.server.shutdown()
-    other.server.server_close()
+    with Receiver.listening() as other:
+        urls = f"{receiver.url} {other.url}"
+        watch = Watch(instance, {**environment, "EVERRUNS_ALERT_URLS": urls})
+        other.status = 500
+        _enqueue(connection, "failed", "infinity")
+        watch.tick()
+        watch.tick()
+        assert (len(receiver.news()), len(other.news())) == (1, 0)
+        other.status = 200
+        watch.tick()
+        watch.tick()
+        assert (len(receiver.news()), len(other.news())) == (0, 1)
 
 
 def test_the_command_tells_everybody_and_says_who_could_not_be_told(

@@ -37,15 +37,23 @@ class Terminated:
 
 
 def terminated(
-    settings: Settings, job: str, when: Callable[[], object], **execution: Any
+    settings: Settings,
+    job: str,
+    when: Callable[[], object],
+    *,
+    by_a_person: bool = True,
+    **execution: Any,
 ) -> Terminated:
-    """Run a job in this process; once `when` is true, do to it what the UI's Terminate does."""
+    """Run a job in this process; once `when` is true, do to it what the UI's Terminate does, or
+    what a machine does that is shut down.
+    """
     with ephemeral() as instance, ThreadPoolExecutor(1) as pool:
 
         def terminate() -> float:
             wait_until(when, "the run to be at work")
             [run] = instance.get_runs()
-            instance.report_run_canceling(run)
+            if by_a_person:
+                instance.report_run_canceling(run)
             os.kill(os.getpid(), signal.SIGINT)
             return monotonic()
 
@@ -123,3 +131,37 @@ def test_a_day_that_waits_is_stopped(
             settings, "materialize_reporting", lambda: waiting(sample), partition_key=day
         )
         check_obeyed(run, sample, [sample, other])
+
+
+@pytest.fixture
+def lingering() -> dict[str, Any]:
+    return {"ops": {"project": {"config": {"linger_seconds": 3600}}}}
+
+
+def _drained(connection: Connection) -> bool:
+    return (
+        value(connection, "SELECT count(*) FROM reporting_outbox WHERE status <> 'completed'") == 0
+    )
+
+
+def test_a_run_that_lingers_is_stopped(
+    sample: Connection, settings: Settings, lingering: dict[str, Any]
+) -> None:
+    run = terminated(settings, "project_reporting", lambda: _drained(sample), run_config=lingering)
+    check_obeyed(run, sample, [sample])
+
+
+def test_a_run_that_lingers_ends_in_order_when_its_process_is_told_to(
+    sample: Connection, settings: Settings, lingering: dict[str, Any]
+) -> None:
+    """As by whoever shuts the machine down: nobody has terminated the run."""
+    run = terminated(
+        settings,
+        "project_reporting",
+        lambda: _drained(sample),
+        by_a_person=False,
+        run_config=lingering,
+    )
+    assert run.status == dg.DagsterRunStatus.SUCCESS
+    assert run.seconds < _SECONDS
+    assert run.result.asset_materializations_for_node("project")

@@ -162,9 +162,9 @@ def test_a_run_that_lingers_is_relieved_shortly_before_it_ends(
         started = dg.DagsterEvent(dg.DagsterEventType.RUN_START.value, run.job_name)
         instance.report_dagster_event(started, run.run_id, timestamp=time.time() - seconds_ago)
 
-    began(seconds_ago=560)
+    began(seconds_ago=530)
     assert "is at work" in said(tick(instance, postgres))
-    began(seconds_ago=575)
+    began(seconds_ago=545)
     assert len(tick(instance, postgres).run_requests or []) == 1
 
 

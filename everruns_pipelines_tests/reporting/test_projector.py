@@ -16,9 +16,9 @@ from everruns_pipelines.reporting.projector import (
     Outcome,
     project_selection,
     projections_of,
-    stage,
 )
 from everruns_pipelines.reporting.query import rows_of
+from everruns_pipelines.reporting.selection import stage
 from everruns_pipelines_tests.reporting.adversarial import (
     load_adversarial_sources,
     load_unstorable_sources,
@@ -50,9 +50,7 @@ def project_all(connection: Connection, source: Source) -> Outcome:
         rows=rows_of(source),
         session=from_session if source.org_from_session else sql.SQL(""),
     )
-    named = sql.SQL(
-        "SELECT NULL AS source_type, org_id, id AS source_id FROM ({}) AS every"
-    ).format(query)
+    named = sql.SQL("SELECT org_id, id AS source_id FROM ({}) AS every").format(query)
     with transaction(connection):
         staged = stage(connection, named, {})
         return project_selection(connection, projections_of(source), 1, staged)

@@ -1,0 +1,82 @@
+"""How long damage lasts when nobody does anything, shown once on a real deployment.
+
+Rows of every fact are deleted, and others spoiled, just after a look that has found nothing.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from benchmarks.operations._table import Row, show
+from everruns_pipelines.client import Deployment
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.damage import damage, facts
+from everruns_pipelines_tests.deployment import live_deployment
+from everruns_pipelines_tests.receiver import Receiver
+from everruns_pipelines_tests.reporting.world import drain_all
+
+DAYS = 500
+EVENTS = 4000
+_LOOK_SECONDS = 0.5
+
+
+def main() -> None:
+    """Measure, and print beside the target."""
+    show("Damage", healing())
+
+
+def healing() -> Generator[Row]:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        Receiver.listening() as receiver,
+    ):
+        environment = {
+            "EVERRUNS_HOME": f"{directory}/everruns",
+            "EVERRUNS_ALERT_URLS": receiver.url,
+        }
+        postgres = PostgresDatabase(Settings.from_environment(environment))
+        with postgres.connect() as connection:
+            prepare(connection)
+            load_sample_data(connection, events=EVENTS, days=DAYS, enqueued_share=0)
+            while enqueue(connection, BackfillRequest(limit=10_000))["enqueued"]:
+                drain_all(connection)
+            sound = facts(connection)
+            with live_deployment(Path(directory), environment) as live:
+                live.start_healing()
+                _until(live.has_found_all_right)
+                began = time.monotonic()
+                damage(connection)
+                Deployment(live.url).run("measure_health", {})  # as the hourly schedule does
+                _until(lambda: _told(receiver, "no_missing_rows failed"))
+                told = time.monotonic() - began
+                _until(lambda: facts(connection) == sound)
+                healed = time.monotonic() - began
+                Deployment(live.url).run("measure_health", {})
+                measured = time.monotonic()
+                _until(lambda: _told(receiver, "over: ", "no_missing_rows failed"))
+                over = time.monotonic() - measured
+    yield (
+        "facts of last year deleted, others spoiled, until all are right",
+        f"{healed:.0f} s",
+        "< 360 s",
+    )
+    yield "  until the failed check of health is told", f"{told:.0f} s", "reported"
+    yield (
+        "  from health's next measurement until it is told that it is over",
+        f"{over:.0f} s",
+        "reported",
+    )
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(_LOOK_SECONDS)
+
+
+def _told(receiver: Receiver, *texts: str) -> bool:
+    return any(all(text in message["title"] for text in texts) for message in receiver.got)

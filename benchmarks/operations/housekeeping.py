@@ -1,0 +1,197 @@
+"""Whether Dagster's storage stays bounded: 400 nights and as many days of runs that linger and
+heal, a day's housekeeping after each.
+
+One run of each kind is real. The others are copies of it with dates of their own: what housekeeping
+reads of a run are columns, not the texts of events.
+"""
+
+import os
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from statistics import median
+from typing import Any
+
+import psycopg
+from dagster import DagsterInstance
+
+from benchmarks.operations._platform import sample
+from benchmarks.operations._table import Row, show
+from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
+from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.definitions import build_definitions
+from everruns_pipelines.orchestration.event_log import purge_runs
+from everruns_pipelines.orchestration.partitions import day_range_tags
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import ROOT
+from everruns_pipelines_tests.reporting.world import drain_all
+
+NIGHTS = 400
+KEPT = timedelta(days=30)
+# In a day of 100 rows/s: runs of the outbox sensor, which relieve each other every 540 s; healing
+# every five minutes; what is done every hour; one night.
+RUNS = {
+    "project_reporting": 160,
+    "backfill_reporting": 288,
+    "check_reporting": 24,
+    "measure_health": 24,
+    "materialize_reporting": 1,
+}
+_IDLE = ("check_reporting", "measure_health", "materialize_reporting")
+_SETTLED = 100
+
+Storage = psycopg.Connection[tuple[Any, ...]]
+
+
+def main() -> None:
+    """Measure, and print beside the targets."""
+    show(f"{NIGHTS} nights of housekeeping", housekeeping())
+
+
+def housekeeping() -> Generator[Row]:
+    with sample(events=400) as (settings, _), _storage(settings) as (instance, storage):
+        runs = _run_each_once(settings, instance)
+        yield from _bytes_of_a_day(storage, runs)
+        seconds: list[float] = []
+        sizes: list[tuple[int, int]] = []
+        for night in range(NIGHTS):
+            day = datetime.now(UTC) - timedelta(days=NIGHTS - night)
+            for job, run in runs.items():
+                _copy(storage, run, RUNS[job], day)
+            began = time.perf_counter()
+            purge_runs(instance, day - KEPT)
+            seconds.append(time.perf_counter() - began)
+            storage.execute("VACUUM event_logs, asset_event_tags, runs, run_tags")
+            [size] = storage.execute(
+                "SELECT count(*), pg_total_relation_size('event_logs') FROM event_logs"
+            ).fetchall()
+            sizes.append((size[0], size[1]))
+    (rows, size), (rows_then, size_then) = sizes[_SETTLED], sizes[-1]
+    nights = f"night {_SETTLED} to night {NIGHTS}"
+    yield (
+        f"rows of the event log, {nights}",
+        f"{rows:,} to {rows_then:,}: x {rows_then / rows:.2f}",
+        "flat",
+    )
+    yield (
+        "  its bytes",
+        f"{size / 1e6:.0f} to {size_then / 1e6:.0f} MB: x {size_then / size:.2f}",
+        "flat",
+    )
+    told = f"{median(seconds[-30:]):.2f} s, at most {max(seconds):.2f} s"
+    yield "housekeeping of a day, in the last month", told, "< 10 s"
+
+
+@contextmanager
+def _storage(settings: Settings) -> Generator[tuple[DagsterInstance, Storage]]:
+    """Dagster's storage as a deployment has it, and a connection to it."""
+    url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
+    os.environ["EVERRUNS_DAGSTER_POSTGRES_URL"] = url
+    with (
+        DagsterInstance.from_config(str(ROOT)) as instance,
+        psycopg.connect(url, autocommit=True) as storage,
+    ):
+        yield instance, storage
+
+
+def _run_each_once(settings: Settings, instance: DagsterInstance) -> dict[str, str]:
+    """The run of each job, with as much to do as on a usual day."""
+    with PostgresDatabase(settings).connect() as connection:
+        enqueue(connection, BackfillRequest(limit=10_000))
+        drain_all(connection)
+        for statement in _BUSY_DAY.split(";"):
+            connection.execute(statement.encode())
+    definitions = build_definitions(settings)
+    today = datetime.now(UTC).date()
+    config: Mapping[str, Any] = {
+        "project_reporting": {"ops": {"project": {"config": {"linger_seconds": 1}}}}
+    }
+    with redirect_stderr(StringIO()):
+        return {
+            job: definitions.resolve_job_def(job)
+            .execute_in_process(
+                run_config=config.get(job, {}),
+                tags=day_range_tags(settings, today, 2) if job == "materialize_reporting" else {},
+                instance=instance,
+            )
+            .run_id
+            for job in RUNS
+        }
+
+
+# Events of the last day are due; sessions have changed, and nobody has enqueued them.
+_BUSY_DAY = """
+UPDATE reporting_outbox SET status = 'pending', next_attempt_at = now()
+WHERE source_id IN (
+    SELECT id::text FROM events WHERE ts > now() - interval '1 day'
+    UNION ALL SELECT id::text FROM llm_generations WHERE created_at > now() - interval '1 day'
+    UNION ALL SELECT id::text FROM usage_ledger WHERE created_at > now() - interval '1 day'
+);
+UPDATE sessions SET status = status
+WHERE id IN (SELECT id FROM sessions ORDER BY created_at DESC LIMIT 5)
+"""
+
+
+def _bytes_of_a_day(storage: Storage, runs: Mapping[str, str]) -> Generator[Row]:
+    [(whole, rows)] = storage.execute(
+        "SELECT pg_total_relation_size('event_logs'), sum(pg_column_size(event_logs))"
+        " FROM event_logs"
+    ).fetchall()
+    bytes_of = {
+        job: storage.execute(
+            "SELECT sum(pg_column_size(event_logs)) FROM event_logs WHERE run_id = %s", [run]
+        ).fetchall()[0][0]
+        * (whole / rows)
+        for job, run in runs.items()
+    }
+    a_day = {job: bytes_of[job] * number for job, number in RUNS.items()}
+    yield (
+        f"event log, a day of {sum(RUNS.values())} runs",
+        f"{sum(a_day.values()) / 1e6:.1f} MB",
+        "< 20 MB",
+    )
+    for job in ("project_reporting", "backfill_reporting"):
+        told = f"{a_day[job] / 1e6:.1f} MB"
+        yield f"  {RUNS[job]} of {job}", told, "reported"
+    idle = sum(a_day[job] for job in _IDLE)
+    yield "  idle", f"{idle / 1e6:.1f} MB", "< 20 MB"
+
+
+def _copy(storage: Storage, run: str, number: int, day: datetime) -> None:
+    """Copies of a run, with all that the storage keeps of it, as of that day."""
+    with storage.transaction():
+        storage.execute(
+            "CREATE TEMP TABLE copies ON COMMIT DROP AS"
+            " SELECT gen_random_uuid()::text AS run_id FROM generate_series(1, %s)",
+            [number],
+        )
+        for statement in _COPY.split(";"):
+            storage.execute(
+                statement.encode(), {"run": run, "day": day.replace(tzinfo=None)}, prepare=False
+            )
+
+
+_COPY = """
+INSERT INTO runs (run_id, snapshot_id, pipeline_name, mode, status, run_body, create_timestamp,
+    update_timestamp, start_time, end_time)
+SELECT copies.run_id, snapshot_id, pipeline_name, mode, 'SUCCESS', run_body, %(day)s, %(day)s,
+    start_time, end_time
+FROM runs, copies WHERE runs.run_id = %(run)s;
+INSERT INTO run_tags (run_id, key, value)
+SELECT copies.run_id, key, value FROM run_tags, copies WHERE run_tags.run_id = %(run)s;
+INSERT INTO event_logs (run_id, event, dagster_event_type, timestamp, step_key, asset_key,
+    partition)
+SELECT copies.run_id, event, dagster_event_type, %(day)s, step_key, asset_key,
+    (partition::date + (%(day)s::date - current_date))::text
+FROM event_logs, copies WHERE event_logs.run_id = %(run)s ORDER BY copies.run_id, event_logs.id;
+INSERT INTO asset_check_executions (asset_key, check_name, partition, run_id, execution_status,
+    evaluation_event, evaluation_event_timestamp, evaluation_event_storage_id, create_timestamp)
+SELECT asset_key, check_name, partition, copies.run_id, execution_status, evaluation_event, %(day)s,
+    (SELECT max(id) FROM event_logs WHERE event_logs.run_id = copies.run_id
+        AND dagster_event_type = 'ASSET_CHECK_EVALUATION'),
+    %(day)s
+FROM asset_check_executions, copies WHERE asset_check_executions.run_id = %(run)s
+"""
