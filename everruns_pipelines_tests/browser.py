@@ -125,8 +125,15 @@ def materialize(page: Page, asset: str, first: date, last: date) -> None:
 
 def materialized(page: Page, asset: str, day: date) -> int:
     """How many rows the page of a partition says were inserted when the whole day was made."""
-    page.goto(f"/assets/{asset}?view=partitions&partition={day}")
-    expect(page.get_by_text("the whole day", exact=True)).to_be_visible()
+
+    def is_told() -> bool:
+        # An open page does not follow.
+        page.goto(f"/assets/{asset}?view=partitions&partition={day}")
+        expect(page.get_by_text("Latest materialization")).to_be_visible()
+        page.wait_for_load_state("networkidle")
+        return page.get_by_text("the whole day", exact=True).is_visible()
+
+    until(is_told, f"{asset} of {day} is materialized")
     return _number(page, "inserted")
 
 

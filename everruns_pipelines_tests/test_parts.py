@@ -124,6 +124,9 @@ def test_every_command_works_or_is_refused_in_one_line(
         assert json.loads(run("backfill")[1])["events"] == 1
         assert json.loads(run("project")[1])["claimed"] == 0
     else:
+        told = run("rebuild", *REBUILD, "--session-id", SESSION, "--dry-run")[1]
+        would = json.loads(told)
+        assert (would["inserted"], would["unchanged"], would["out_of_scope"]) == (1, 0, 0)
         told = run("rebuild", *REBUILD, "--session-id", SESSION)[1]
         assert json.loads(told) == {"processed": 1}
     status, told = run("diagnose", "--json")

@@ -63,11 +63,13 @@ _WHOLE_ANSWERS = {
         ),
         "throw",
     ),
-    "limit": "0",
-    "offset": "0",
+    "skip_unavailable_shards": 0,
+    # As numbers: servers of 24.8 fail with a text.
+    "limit": 0,
+    "offset": 0,
 }
 _SETTINGS = "\nSETTINGS " + ", ".join(
-    f"{name} = '{value}'" for name, value in _WHOLE_ANSWERS.items()
+    f"{name} = {value!r}" for name, value in _WHOLE_ANSWERS.items()
 )
 
 # ClickHouse's codes, and what the user is told.
@@ -275,7 +277,9 @@ def _connected(client: Client, *, is_embedded: bool, until: float | None) -> Gen
 
 def _server(client: Client) -> tuple[str, str]:
     """The database that we are in, and the server's version, once it grants us whole answers."""
-    granted = ", ".join(f"toString(getSetting('{name}')) AS {name}" for name in _WHOLE_ANSWERS)
+    granted = ", ".join(
+        f"getSetting('{name}') = {value!r} AS {name}" for name, value in _WHOLE_ANSWERS.items()
+    )
     rows = ClickHouse(client, is_embedded=True).rows(
         f"SELECT currentDatabase() AS database, version() AS version, {granted}",
         {},
@@ -283,9 +287,8 @@ def _server(client: Client) -> tuple[str, str]:
     )
     if len(rows) != 1:
         raise ClickHouseFailure(_NO_ANSWER)
-    database, version, *values = rows[0]
-    asked = _WHOLE_ANSWERS.items()
-    cut = [name for (name, value), got in zip(asked, values, strict=True) if value != got]
+    database, version, *is_granted = rows[0]
+    cut = [name for name, is_so in zip(_WHOLE_ANSWERS, is_granted, strict=True) if is_so != "1"]
     if cut:
         raise _cuts_answers(f"it sets {', '.join(cut)}, whatever we ask for")
     return database, version
@@ -294,7 +297,8 @@ def _server(client: Client) -> tuple[str, str]:
 def _cuts_answers(how: str) -> Refusal:
     return Refusal(
         f"The ClickHouse user's settings profile may cut answers: {how}. It must leave "
-        "*_overflow_mode at 'throw', and limit and offset at 0, or let us set them",
+        "*_overflow_mode at 'throw', and limit, offset and skip_unavailable_shards at 0, "
+        "or let us set them",
         code="permission_denied",
         status=503,
     )

@@ -122,6 +122,8 @@ def _rebuild(
         ensure_schema(connection)
         _lock(connection, filter(None, spans), log)
     merged = merge(connection, log, dry_run=dry_run, grace=grace)
+    for item, fields in merged.taken_back:
+        log(f"{'Would take' if dry_run else 'Took'} back {', '.join(fields)} of item {item}")
     links = link(connection, dry_run=dry_run)
     reasons = account(connection, dry_run=dry_run)
 

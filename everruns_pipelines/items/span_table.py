@@ -169,21 +169,23 @@ class SpanTable:
         """What it is, in a few words."""
         if not self.is_plain:
             return f"a table of engine {self.engine}"
+        kind = "a table of its own kind"
         if self.is_json:
-            return "the exporter's JSON generation"
-        if any(_IS_ITEMS.fullmatch(alias) for alias in self.aliases):
+            kind = "the exporter's JSON generation"
+        elif any(_IS_ITEMS.fullmatch(alias) for alias in self.aliases):
             indexes = "text indexes" if self.trace_index == "text" else "bloom filters"
-            return f"the exporter's newest generation with {indexes}"
-        if "toDateTime(Timestamp)" in self.sorted:
-            return "the exporter's generation of 2024"
-        if "toUnixTimestamp(Timestamp)" in self.sorted:
-            return "the exporter's older generation"
-        return "a table of its own kind"
+            kind = f"the exporter's newest generation with {indexes}"
+        elif "toDateTime(Timestamp)" in self.sorted:
+            kind = "the exporter's generation of 2024"
+        elif "toUnixTimestamp(Timestamp)" in self.sorted:
+            kind = "the exporter's older generation"
+        return kind if self.engine == "MergeTree" else f"{kind}, of engine {self.engine}"
 
     @property
     def trace_index(self) -> str | None:
-        """The type of the index that finds a trace."""
-        return self.indexes.get("TraceId")
+        """What finds a trace: the type of an index, or the order of the table."""
+        by_order = "primary key" if self.sorted.split(",")[0] == "TraceId" else None
+        return self.indexes.get("TraceId") or by_order
 
     @property
     def value_index(self) -> str | None:
@@ -215,23 +217,24 @@ class SpanTable:
     def of_session(self, session: UUID) -> Iterator[Selection]:
         """Spans of a session's traces; whole are those whose own session it is."""
         text, digits = str(session), session.hex
-        usual = [text, text.upper(), digits]
-        rare = [
+        common = [text, text.upper(), digits]
+        spellings = [
+            *common,
             digits.upper(),
-            *(f"{{{one}}}" for one in usual),
-            *(f"urn:uuid:{one}" for one in usual),
+            *(f"{{{one}}}" for one in common),
+            *(f"urn:uuid:{one}" for one in common),
         ]
         # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
-        # there, rare ones are looked for only where no other is found.
+        # there, others are looked for only where the one that the SDK writes is not found.
         is_exact = self.is_plain and self.value_index != "bloom_filter"
-        found = self._traces_of([*usual, *rare] if is_exact else usual)
+        found = self._traces_of(spellings if is_exact else [text])
         if not found and not is_exact:
-            found = self._traces_of(rare)
+            found = self._traces_of(spellings[1:])
         for some in _groups(found, _TRACES_PER_QUERY):
             yield Selection(
                 _OF_TRACES,
                 whole=f"{self._words['session']} IN {{sessions:Array(String)}}",
-                parameters={"traces": some, "sessions": [*usual, *rare]},
+                parameters={"traces": some, "sessions": spellings},
             )
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:

@@ -87,11 +87,10 @@ LIMIT 1
 WITH taken AS (
     SELECT
         *,
-        false AS is_new,
-        true AS is_apart,
-        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid
+        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
+        row_number() OVER () + 1000000 * array_position(%(source_types)s, source_type) AS part
     FROM (
-        SELECT ctid AS place, *
+        SELECT ctid AS place, id, org_id, source_type, source_id
         FROM reporting_outbox
         WHERE id IN (
                 SELECT outbox_id FROM everruns_pipelines.outbox_suspects WHERE part = %(part)s
@@ -103,38 +102,21 @@ WITH taken AS (
         FOR UPDATE SKIP LOCKED
     ) AS due
 ),
-numbered AS MATERIALIZED (
-    SELECT
-        *,
-        CASE
-            WHEN uuid IS NOT NULL AND row_number() OVER same_source = 1
-                THEN row_number() OVER (
-                    ORDER BY source_type COLLATE "C", is_new, is_apart, org_id, uuid
-                )
-        END AS part
-    FROM taken
-    WINDOW same_source AS (
-        PARTITION BY source_type COLLATE "C", is_new, is_apart, org_id, uuid
-    )
-),
 selected AS (
     INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
     SELECT
-        part,
+        CASE WHEN uuid IS NOT NULL THEN part END,
         source_type,
         org_id,
         uuid,
         place,
         id,
-        CASE
-            WHEN uuid IS NULL AND source_type = ANY (%(source_types)s)
-                THEN 'the source id is no UUID'
-        END
-    FROM numbered
+        CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
+    FROM taken
 )
-SELECT source_type, is_new, min(part), max(part), count(*)
-FROM numbered
-GROUP BY source_type, is_new, is_apart
+SELECT source_type, false, min(part), max(part), count(*)
+FROM taken
+GROUP BY source_type
 
 -- name: acquit
 DELETE FROM everruns_pipelines.outbox_suspects

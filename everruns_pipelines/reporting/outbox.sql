@@ -23,9 +23,9 @@ WHERE id = ANY (
 -- Up to `size` rows that were due at the cutoff, in equal shares per organization that has any, the
 -- oldest first, into the selection. One whose source id is malformed fails.
 --
--- Numbered are sources, each once, those together that are projected together. `is_new`: the source
--- has no facts yet, unless somebody made the day right or deleted outbox rows; then that is noticed.
--- `is_apart`: it has failed before.
+-- What is projected together is numbered together. `is_new`: the source has no facts yet, unless
+-- somebody made the day right or deleted outbox rows; then that is noticed. `is_apart`: it has
+-- failed before.
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
@@ -67,12 +67,21 @@ due AS (
     SELECT
         oldest.*,
         row_number() OVER (
-            PARTITION BY waiting.org_id ORDER BY next_attempt_at, oldest.created_at
+            PARTITION BY oldest.org_id ORDER BY next_attempt_at, created_at
         ) AS rank
     FROM waiting
     CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT ctid AS place, *
+            SELECT
+                ctid AS place,
+                id,
+                org_id,
+                source_type,
+                source_id,
+                attempts = 0 AND claimed_at IS NULL AND source_version = source_id AS is_new,
+                false AS is_apart,
+                next_attempt_at,
+                created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'pending' AND next_attempt_at <= %(cutoff)s
@@ -83,7 +92,16 @@ due AS (
         ) AS pending
         UNION ALL
         SELECT * FROM (
-            SELECT ctid AS place, *
+            SELECT
+                ctid AS place,
+                id,
+                org_id,
+                source_type,
+                source_id,
+                false AS is_new,
+                true AS is_apart,
+                next_attempt_at,
+                created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
@@ -97,45 +115,33 @@ due AS (
 taken AS (
     SELECT
         *,
-        attempts = 0 AND claimed_at IS NULL AND source_version = source_id AS is_new,
-        status = 'failed' AS is_apart,
-        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid
-    FROM due
-    WHERE rank <= (SELECT size FROM share)
-    ORDER BY rank, next_attempt_at
-    LIMIT %(size)s
-),
-numbered AS MATERIALIZED (
-    SELECT
-        *,
-        CASE
-            WHEN uuid IS NOT NULL AND row_number() OVER same_source = 1
-                THEN %(taken)s + row_number() OVER (
-                    ORDER BY source_type COLLATE "C", is_new, is_apart, org_id, uuid
-                )
-        END AS part
-    FROM taken
-    WINDOW same_source AS (
-        PARTITION BY source_type COLLATE "C", is_new, is_apart, org_id, uuid
-    )
+        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
+        -- Not sorted: each kind has a range of its own, larger than any batch.
+        %(taken)s + row_number() OVER () + 1000000 * (
+            4 * array_position(%(source_types)s, source_type) + 2 * is_new::int + is_apart::int
+        ) AS part
+    FROM (
+        SELECT *
+        FROM due
+        WHERE rank <= (SELECT size FROM share)
+        ORDER BY rank, next_attempt_at
+        LIMIT %(size)s
+    ) AS oldest
 ),
 selected AS (
     INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
     SELECT
-        part,
+        CASE WHEN uuid IS NOT NULL THEN part END,
         source_type,
         org_id,
         uuid,
         place,
         id,
-        CASE
-            WHEN uuid IS NULL AND source_type = ANY (%(source_types)s)
-                THEN 'the source id is no UUID'
-        END
-    FROM numbered
+        CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
+    FROM taken
 )
 SELECT source_type, is_new, min(part), max(part), count(*)
-FROM numbered
+FROM taken
 GROUP BY source_type, is_new, is_apart
 
 -- name: leave

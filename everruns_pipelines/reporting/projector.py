@@ -90,8 +90,7 @@ def project_selection(
     """
     if first > last or not projections:
         return Outcome()
-    source = projections[0][1].source
-    if source is SESSION:
+    if projections[0][1].source is SESSION:
         lock_sessions(connection)
     try:
         with connection.transaction() as savepoint:
@@ -120,7 +119,7 @@ def project_selection(
     if not outcome.failures:
         return outcome
     failures = _once(outcome.failures)
-    leave_out(connection, source, failures, first, last)
+    leave_out(connection, failures, first, last)
     remaining = project_selection(connection, projections, first, last, facts=facts)
     remaining.failures += failures
     return remaining

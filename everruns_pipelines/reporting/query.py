@@ -69,7 +69,7 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
 
 
 def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
-    """The same of the selection, from number `first` to `last`, looked up one by one.
+    """The same of the selection, from number `first` to `last`, each once, looked up one by one.
 
     OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
     """
@@ -83,7 +83,11 @@ def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
 
 _OF_A_SESSION = """
 SELECT selection.org_id, {columns}
-FROM pg_temp.selection AS selection
+FROM (
+    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
+    FROM pg_temp.selection
+    WHERE part BETWEEN %(first)s AND %(last)s
+) AS selection
 CROSS JOIN LATERAL (
     SELECT * FROM {rows} AS source WHERE source.id = selection.source_id {of_types} OFFSET 0
 ) AS source
@@ -92,18 +96,20 @@ CROSS JOIN LATERAL (
     WHERE session.id = source.session_id AND session.org_id = selection.org_id
     OFFSET 0
 ) AS session
-WHERE selection.part BETWEEN %(first)s AND %(last)s
 """
 
 _OF_ITS_OWN = """
 SELECT {columns}
-FROM pg_temp.selection AS selection
+FROM (
+    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
+    FROM pg_temp.selection
+    WHERE part BETWEEN %(first)s AND %(last)s
+) AS selection
 CROSS JOIN LATERAL (
     SELECT * FROM {rows} AS source
     WHERE source.id = selection.source_id AND source.org_id = selection.org_id {of_types}
     OFFSET 0
 ) AS source
-WHERE selection.part BETWEEN %(first)s AND %(last)s
 """
 
 

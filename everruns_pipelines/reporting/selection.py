@@ -12,11 +12,9 @@ from typing import Any
 from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.reporting.catalog import Source
 
-# `part` is the number. NULL: nothing is projected for it, since another row names the same source,
-# or since it fails; then `error` says why. `place` is where the row of the outbox lies: it stays
-# there while it is locked.
+# `part` is the number. NULL: nothing is projected for it; if it fails, `error` says why. `place` is
+# where the row of the outbox lies: it stays there while it is locked.
 _MAKE = """
 CREATE TEMPORARY TABLE IF NOT EXISTS selection (
     part integer,
@@ -40,7 +38,7 @@ class Facts(IntEnum):
 
 @dataclass(frozen=True)
 class Part:
-    """Sources of one type that lie together in the selection, from number `first` to `last`."""
+    """Sources of one type, all those in the selection from number `first` to `last`."""
 
     source_type: str
     facts: Facts
@@ -77,14 +75,11 @@ def stage(connection: Connection, rows: sql.Composable, parameters: dict[str, An
     return staged
 
 
-def leave_out(
-    connection: Connection, source: Source, failures: Sequence[Failure], first: int, last: int
-) -> None:
+def leave_out(connection: Connection, failures: Sequence[Failure], first: int, last: int) -> None:
     """Project what fails no more; its rows of the outbox say why."""
     connection.execute(
         _LEAVE_OUT,
         {
-            "source_type": source.type,
             "first": first,
             "last": last,
             "org_ids": [failure.org_id for failure in failures],
@@ -107,5 +102,5 @@ FROM unnest(%(org_ids)s::bigint[], %(source_ids)s::uuid[], %(reasons)s::text[])
     AS failed (org_id, source_id, reason)
 WHERE selection.org_id = failed.org_id
     AND selection.source_id = failed.source_id
-    AND (part BETWEEN %(first)s AND %(last)s OR part IS NULL AND source_type = %(source_type)s)
+    AND part BETWEEN %(first)s AND %(last)s
 """

@@ -1,6 +1,7 @@
 """The chDB engine behind a loopback socket, with as much of ClickHouse's protocol as is needed.
 
 Faults are injected into the answers to queries that hold a certain text, one per answer, in order.
+A number is the code of the error that is answered.
 Older engines run in environments of their own, which have nothing but Python: see `older_engine`.
 """
 
@@ -17,7 +18,10 @@ from urllib.parse import parse_qsl, urlsplit
 if TYPE_CHECKING:
     from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 
-Fault = Literal["hang up", "stall", "cut", "error", "error in the middle", "no length", "stranger"]
+Fault = (
+    Literal["hang up", "stall", "cut", "error", "error in the middle", "no length", "stranger"]
+    | int
+)
 # What is asked, in which database, and its parameters in the escaped form of ClickHouse.
 Answer = Callable[[str, str, Mapping[str, str]], bytes]
 
@@ -113,6 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
         waits = sent.get("wait_end_of_query") == "1"
         if fault == "error" or (fault == "error in the middle" and waits):
             self._refuse(b"Code: 241. DB::Exception: made up (MEMORY_LIMIT_EXCEEDED)")
+            return
+        if isinstance(fault, int):
+            self._refuse(f"Code: {fault}. DB::Exception: made up. (MADE_UP)".encode())
             return
         try:
             answer = self.engine.answer(query, sent.get("database", "default"), bound)

@@ -216,16 +216,15 @@ class Processes:
         ]
         return "\n".join([*(event.get("message", "") for event in events), *causes])
 
-    def process_of(self, run: str) -> int:
-        """The number of the process that works on a run."""
+    def processes_of(self, run: str) -> list[int]:
+        """The numbers of the processes that told that they work on a run."""
         events = self._ask(_PROCESS, {"run": run})["logsForRun"]["events"]
-        [number, *_] = [
+        return [
             int(entry.get("text") or entry["intRepr"])
             for event in events
             for entry in event.get("metadataEntries", ())
             if entry["label"] == "pid"
         ]
-        return number
 
     def retries_of(self, run: str) -> list[str]:
         return [

@@ -185,7 +185,17 @@ def launched(deployment: Processes) -> str:
         return bool(runs)
 
     until(launch, "the web server launches runs again")
+    # One whose launch failed may have been queued all the same.
+    until(lambda: is_idle(deployment), "no run is at work")
     return runs[0]
+
+
+def is_idle(deployment: Processes) -> bool:
+    return {run["status"] for run in deployment.runs().values()} <= {
+        "SUCCESS",
+        "FAILURE",
+        "CANCELED",
+    }
 
 
 def ended_well(deployment: Processes, run: str) -> bool:
@@ -202,7 +212,8 @@ def test_a_run_whose_process_is_killed_is_found_and_done_again_once(
     with lived.held() as let_go:
         run = deployment.materialize(day)
         until(lived.a_run_waits, "the run waits for the lock")
-        os.kill(deployment.process_of(run), signal.SIGKILL)
+        until(lambda: bool(deployment.processes_of(run)), "its process is known")
+        os.kill(deployment.processes_of(run)[0], signal.SIGKILL)
         until(lambda: deployment.status(run) == "FAILURE", "the dead run is found")
         until(lambda: len(deployment.retries_of(run)) == 1, "it is launched again")
         let_go()

@@ -1,6 +1,7 @@
 """The public SDK's real output, as it lies before a rebuild, and what must come of it."""
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -64,9 +65,12 @@ _POSTED = (
 )  # fmt: skip
 
 
-def rebuild_all(world: World, **options: Any) -> Rebuilt:
-    """Rebuild every run of the sample, and a session that has spans of none."""
-    runs = {row["SpanAttributes"]["dreadnode.run.id"] for row in lines("spans.jsonl")}
+RUNS = {row["SpanAttributes"]["dreadnode.run.id"] for row in lines("spans.jsonl")}
+TRACES = {row["TraceId"] for row in lines("spans.jsonl")}
+
+
+def rebuild_all(world: World, runs: Iterable[str] = RUNS, **options: Any) -> Rebuilt:
+    """Rebuild every run of the sample, or those named, and one of its sessions."""
     session = META["sessions"][0]["session_id"]
     scope = {"organization": "sample", "project": META["project"]}
     return world.rebuild(session, run_ids=tuple(runs), **scope, **options)

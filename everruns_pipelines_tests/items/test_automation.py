@@ -16,6 +16,7 @@ from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.items import automation, unstored
 from everruns_pipelines.items.automation import item_failures_sensor
+from everruns_pipelines.items.span_table import Position
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.items.world import (
     ORGANIZATION,
@@ -153,6 +154,36 @@ def test_what_is_too_much_for_one_tick_is_left_to_the_next(
         found |= traces(result)
         cursor = result.cursor
     assert found == {name_id(name).hex for name in names}
+
+
+def test_thousands_of_one_instant_are_all_found_and_stored_ones_take_no_others_place(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unstored, "MOST_REPORTED", 1_700)
+    monkeypatch.setattr(unstored, "MOST_UNSTORED", 400)
+    then = ago(minutes=5)
+    spans = [
+        Span([envelope(f"{n} {m}") for m in range(100)], name=f"{n}", trace=f"{n}", start=then)
+        for n in range(60)
+    ]
+    world.add(*spans)
+    stored = {key(f"{n} {m}") for n in range(60) for m in range(0, 100, 2)}
+    world.connection.execute(
+        "INSERT INTO items (organization_id, project_id, item_type, data, source, dedupe_key,"
+        " created_at, updated_at) SELECT %s, %s, 'finding', '{}', 'runtime', name, now(), now()"
+        " FROM unnest(%s::text[]) AS name",
+        [ORGANIZATION, PROJECT, list(stored)],
+    )
+    found: list[str] = []
+    until = Position(int(ago(minutes=1).timestamp()) * 1_000_000_000)
+    after = Position(int(ago(hours=1).timestamp()) * 1_000_000_000)
+    with unstored.Watch.opened(world.postgres, world.clickhouse, 60) as watch:
+        while after < until:
+            look = watch.look(after, until)
+            found += [one.position.dedupe_key for one in look.unstored]
+            after = look.reached
+    assert len(found) == len(set(found)) == 3_000
+    assert not stored & set(found)
 
 
 def test_items_are_given_time_to_arrive(world: World) -> None:

@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from everruns_pipelines.items.envelope import read_damaged
+from everruns_pipelines_tests.items.generations import GENERATIONS
 from everruns_pipelines_tests.items.world import (
     OTHER_SESSION,
     SESSION,
@@ -69,6 +70,7 @@ def test_a_number_beyond_64_bits_is_no_damage(world: World) -> None:
     assert world.rebuild().inserted == 3
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_bytes_that_are_no_utf8_reject_their_item_only(world: World) -> None:
     rows = json.dumps(_neighbours('"BYTES"')).encode().replace(b"BYTES", b"\xff\xfe")
     world.insert(rows)

@@ -1,8 +1,14 @@
 """Rebuilds from a server over HTTP, which refuses, stalls, or cuts its answer in the middle."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.errors import Refusal
@@ -40,7 +46,7 @@ def test_a_rebuild_over_http_is_the_same_rebuild(world: World, server: HttpEngin
 
 
 @pytest.mark.parametrize(
-    "fault", ["hang up", "cut", "error", "error in the middle", "no length", "stall"]
+    "fault", ["hang up", "cut", "error", "error in the middle", "no length", "stall", "stranger"]
 )
 def test_one_fault_is_survived(
     world: World, server: HttpEngine, fault: Fault, monkeypatch: pytest.MonkeyPatch
@@ -58,6 +64,11 @@ def test_one_fault_is_survived(
     ("faulty", "fault"),
     [
         ("currentDatabase", "no length"),
+        ("currentDatabase", "stranger"),
+        ("system.columns", "stranger"),
+        ("system.tables", "stranger"),
+        ("system.data_skipping_indices", "stranger"),
+        ("DISTINCT TraceId", "stranger"),
         ("system.columns", "error in the middle"),
         ("system.data_skipping_indices", "no length"),
         ("DISTINCT TraceId", "error in the middle"),
@@ -86,6 +97,130 @@ def test_faults_without_end_fail_the_run_and_write_nothing(
     assert "secret" not in str(raised.value)
     assert "title of one" not in str(raised.value)
     assert world.items() == {}
+
+
+@pytest.mark.parametrize("code", [10, 43, 46, 47, 386])
+def test_what_cannot_pass_is_refused_at_once_in_one_line(
+    world: World, server: HttpEngine, code: int
+) -> None:
+    world.add(Span([envelope("one")]))
+    remote = _over_http(world, server)
+    server.faults = [code, code]
+    with pytest.raises(Refusal, match=f"ClickHouse cannot answer: .*Code: {code}") as raised:
+        remote.rebuild()
+    assert "\n" not in raised.value.detail
+    assert len(server.faults) == 1
+    assert not [message for message in remote.log if "Trying again" in message]
+    assert world.items() == {}
+
+
+# What a profile may set, and whether a rebuild gets its answer all the same.
+_PROFILES: dict[str, tuple[Mapping[str, str], bool]] = {
+    "limit": ({"limit": "3"}, True),
+    # Already the driver does not get its first answer.
+    "offset": ({"offset": "3"}, False),
+    "rows read": ({"max_rows_to_read": "3", "read_overflow_mode": "break"}, False),
+    "bytes read": ({"max_bytes_to_read": "300", "read_overflow_mode": "break"}, False),
+    "rows of a result": ({"max_result_rows": "3", "result_overflow_mode": "break"}, False),
+    "bytes of a result": ({"max_result_bytes": "300", "result_overflow_mode": "break"}, False),
+    "rows to sort": ({"max_rows_to_sort": "3", "sort_overflow_mode": "break"}, False),
+    "rows of DISTINCT": ({"max_rows_in_distinct": "3", "distinct_overflow_mode": "break"}, False),
+    "rows of a set": ({"max_rows_in_set": "3", "set_overflow_mode": "break"}, False),
+    "time": ({"max_execution_time": "0.001", "timeout_overflow_mode": "break"}, False),
+    "modes alone": (
+        {
+            "read_overflow_mode": "break",
+            "result_overflow_mode": "break",
+            "group_by_overflow_mode": "any",
+            "timeout_overflow_mode": "break",
+        },
+        True,
+    ),
+}
+
+
+def _many(world: World) -> int:
+    """Spans in several parts, each of a trace of its own."""
+    for tens in range(4):
+        names = [f"{tens}{ones}" for ones in range(10)]
+        world.add(*(Span([envelope(name)], name=name, trace=name) for name in names))
+    return 40
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize(("profile", "is_granted"), _PROFILES.values(), ids=_PROFILES)
+def test_a_profile_that_cuts_answers_makes_all_items_or_none(
+    world: World, monkeypatch: pytest.MonkeyPatch, profile: Mapping[str, str], is_granted: bool
+) -> None:
+    monkeypatch.setattr("everruns_pipelines.databases.clickhouse.PAUSES", (0.0, 0.0))
+    number = _many(world)
+    with serving(world.clickhouse, profile={"max_block_size": "5", **profile}) as server:
+        remote = _over_http(world, server)
+        if is_granted:
+            assert remote.rebuild().inserted == number
+        else:
+            with pytest.raises((Refusal, ClickHouseFailure)):
+                remote.rebuild()
+    assert len(world.items()) == (number if is_granted else 0)
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("name", [name for name in _PROFILES if name not in ("limit", "offset")])
+def test_a_profile_that_cuts_answers_and_cannot_be_changed_is_refused(
+    world: World, name: str
+) -> None:
+    _many(world)
+    fixed = {**_PROFILES[name][0], "max_execution_time": "600", "readonly": "1"}
+    with serving(world.clickhouse, profile=fixed) as server:
+        remote = _over_http(world, server)
+        with pytest.raises(Refusal, match="settings profile may cut answers") as raised:
+            remote.rebuild()
+    assert raised.value.code == "permission_denied"
+    assert "\n" not in raised.value.detail
+    assert world.items() == {}
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(
+    world: World, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add(Span([envelope("one")]))
+    with serving(world.clickhouse, certificate=certificate) as server:
+        remote = _over_http(world, server)
+        with pytest.raises(Refusal, match="SSL_CERT_FILE") as raised:
+            remote.rebuild()
+        assert "\n" not in raised.value.detail
+        assert not [message for message in remote.log if "Trying again" in message]
+        assert server.queries == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert remote.rebuild().inserted == 1
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate that nobody has signed, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path / "server.pem"
+    path.write_bytes(
+        signed.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path
 
 
 def test_a_server_that_refuses_is_asked_again_and_then_the_run_fails(

@@ -33,6 +33,7 @@ def test_edits_that_are_taken_back_are_named_without_their_values(world: World) 
     world.add(Span([envelope("edited"), envelope("as reported")]))
     would = world.rebuild(dry_run=True)
     assert would.taken_back == [(str(edited), ["title", "data"])]
+    assert world.log[-1:] == [f"Would take back title, data of item {edited}"]
     assert world.items()[key("edited")]["title"] == "mine"
     assert world.rebuild().taken_back == would.taken_back
     assert world.rebuild().taken_back == []

@@ -395,3 +395,48 @@ def test_no_rows_are_asked_for_and_none_are_claimed(ready_world: World) -> None:
 
     assert drain_all(ready_world.connection, max_rows=0).claimed == 0
     assert by_status(ready_world.connection) == [("pending", 0, 1)]
+
+
+def rows_read(connection: Connection) -> int:
+    """Of all tables: entries of indexes, and rows of whole scans."""
+    connection.execute("SELECT pg_stat_force_next_flush()")
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    return int(
+        value(
+            connection,
+            "SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes)"
+            " + (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = 'public')",
+        )
+    )
+
+
+def test_plans_made_for_empty_tables_read_only_what_they_project_once_the_tables_are_large(
+    ready_world: World,
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    sessions = [ready_world.session(org) for _ in range(40)]
+    connection.execute("ANALYZE")
+    ready_world.enqueue(org, "event", ready_world.event(sessions[0]))
+    batches = drain(connection, max_attempts=MAX_ATTEMPTS, batch_size=1000)
+    assert next(batches).completed == 1
+
+    connection.execute(
+        "INSERT INTO events (session_id, sequence, event_type, data)"
+        " SELECT session, 1000 + number, 'tool.completed', '{\"tool_name\": \"grep\"}'"
+        " FROM unnest(%s::uuid[]) AS session, generate_series(1, 500) AS number",
+        [sessions],
+    )
+    connection.execute(
+        "INSERT INTO reporting_outbox"
+        " (org_id, source_type, source_id, source_version, reason, next_attempt_at)"
+        " SELECT %s, 'event', id::text, id::text, 'event_projection', now() - interval '1 hour'"
+        " FROM events WHERE sequence > 1000",
+        [org],
+    )
+    before = rows_read(connection)
+    assert next(batches).completed == 1000
+    read = rows_read(connection) - before
+    batches.close()
+
+    assert read < 20 * 1000

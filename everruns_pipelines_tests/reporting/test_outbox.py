@@ -13,7 +13,6 @@ import pytest
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
-from everruns_pipelines.reporting.catalog import EVENT
 from everruns_pipelines.reporting.outbox import Finished, Outbox, purge, unpark
 from everruns_pipelines.reporting.selection import Failure, leave_out
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -117,6 +116,53 @@ def project_like_upstream(connection: Connection) -> UUID | None:
     return UUID(str(row[0]))
 
 
+def project_like_the_release_before(connection: Connection) -> int:
+    """Our projector of 0.1.0, by its statements: a claim of its own, then facts and completions."""
+    with connection.transaction():
+        connection.execute(
+            "CREATE TEMPORARY TABLE claimed ON COMMIT PRESERVE ROWS AS"
+            " SELECT NULL::uuid AS id, NULL::timestamptz AS next_attempt_at WHERE false"
+        )
+        connection.execute(
+            "WITH due AS (SELECT id FROM reporting_outbox WHERE status IN ('pending', 'failed')"
+            " AND next_attempt_at <= now() ORDER BY next_attempt_at LIMIT 5"
+            " FOR UPDATE SKIP LOCKED), claimed AS ("
+            "UPDATE reporting_outbox SET status = 'processing', attempts = attempts + 1,"
+            " claimed_at = now(), updated_at = now() WHERE id = ANY (ARRAY(SELECT id FROM due))"
+            " RETURNING id, next_attempt_at)"
+            " INSERT INTO pg_temp.claimed SELECT * FROM claimed"
+        )
+        claimed_at = connection.execute(
+            "INSERT INTO everruns_pipelines.outbox_claims (claimed_at, lock_key)"
+            " VALUES (now(), 1) RETURNING claimed_at"
+        ).fetchone()
+        assert claimed_at is not None
+    with connection.transaction():
+        connection.execute(
+            "INSERT INTO fact_tool_call (org_id, source_key, session_id, created_at,"
+            " time_bucket_day, tool_status, call_count, success_count, error_count, timeout_count,"
+            " cancelled_count, duration_ms)"
+            " SELECT outbox.org_id, 'event:' || event.id, event.session_id, event.ts,"
+            " (event.ts AT TIME ZONE 'UTC')::date, 'error', 1, 0, 0, 0, 0, 0"
+            " FROM pg_temp.claimed JOIN reporting_outbox AS outbox USING (id)"
+            " JOIN events AS event ON event.id = outbox.source_id::uuid"
+            " ON CONFLICT (org_id, source_key) DO NOTHING"
+        )
+        finished = connection.execute(
+            "UPDATE reporting_outbox AS outbox SET status = CASE"
+            " WHEN outbox.next_attempt_at <> claimed.next_attempt_at THEN 'pending'"
+            " ELSE 'completed' END, last_error = NULL, updated_at = now() FROM pg_temp.claimed"
+            " WHERE outbox.id = claimed.id AND outbox.status = 'processing'"
+            " AND outbox.claimed_at = %s",
+            claimed_at,
+        ).rowcount
+        connection.execute(
+            "DELETE FROM everruns_pipelines.outbox_claims WHERE claimed_at = %s", claimed_at
+        )
+        connection.execute("DROP TABLE pg_temp.claimed")
+    return finished
+
+
 # Taking rows.
 
 
@@ -184,6 +230,32 @@ def test_a_foreign_projector_beside_ours_and_every_row_is_completed_once(
     assert done == [(1, len(ids))]
     assert ours.completed + len(by_foreign) == len(ids)
     assert value(world.connection, "SELECT count(*) FROM fact_tool_call") == len(ids)
+
+
+def test_the_release_before_beside_ours_and_every_row_is_completed_once(
+    world: World, postgres: PostgresDatabase
+) -> None:
+    org = world.org()
+    session = world.session(org)
+    count = 60
+    for _ in range(count):
+        world.enqueue(org, "event", world.event(session))
+
+    def project_before() -> int:
+        with postgres.connect() as connection:
+            return sum(iter(lambda: project_like_the_release_before(connection), 0))
+
+    with ThreadPoolExecutor(1) as executor:
+        before = executor.submit(project_before)
+        ours = drain_all(world.connection, batch_size=3)
+        completed = ours.completed + before.result(60)
+
+    done = rows(
+        world.connection, "SELECT status, attempts, count(*) FROM reporting_outbox GROUP BY 1, 2"
+    )
+    assert done == [("completed", 1, count)]
+    assert completed == count
+    assert value(world.connection, "SELECT count(*) FROM fact_tool_call") == count
 
 
 def test_taking_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(world: World) -> None:
@@ -429,7 +501,7 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
     id_ = world.tool_call(world.org())
     [(org, source)] = rows(world.connection, "SELECT org_id, source_id FROM reporting_outbox")
     with taken(world.connection, 1) as held_outbox:
-        leave_out(world.connection, EVENT, [Failure(org, source, "x" * 5_000)], 1, 1)
+        leave_out(world.connection, [Failure(org, source, "x" * 5_000)], 0, 2**31 - 1)
         held_outbox.finish()
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
