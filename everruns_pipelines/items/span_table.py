@@ -26,6 +26,8 @@ LONGEST_ATTRIBUTES = 16 << 20
 # Servers take parameters of 128 KiB over HTTP.
 _TRACES_PER_QUERY = 3_000
 _RUNS_PER_QUERY = 100
+# A table of fewer spans is read faster than it is looked through twice.
+_MANY_SPANS = 500_000
 
 _NEEDED_COLUMNS = {"Timestamp", "TraceId", "SpanId", "SpanAttributes", "Duration"}
 _ATTRIBUTES = {
@@ -51,7 +53,7 @@ _SPANS = [
     "trace_id", "span_id", "run_id", "project_name", "ended_ns", "whole", "refused", "state",
     "outputs", "objects", "complete",
 ]  # fmt: skip
-_TABLE = ["engine", "sorted"]
+_TABLE = ["engine", "sorted", "held"]
 _REPORTED = ["trace_id", "project_name", "dedupe_key", "ended_ns", "complete"]
 
 # The exporter's companion table tells between which times a trace's spans start. It may know a
@@ -99,6 +101,7 @@ class SpanTable:
         engine: its table engine. Only tables of the MergeTree family tell their indexes; what a
             view or a Distributed table leads to may have any.
         sorted: its sorting key.
+        held: how many rows it holds itself.
         columns: the type of each.
         aliases: the expression of each column that is an alias.
         indexes: the type of each by its expression.
@@ -109,6 +112,7 @@ class SpanTable:
     name: str
     engine: str
     sorted: str
+    held: int
     columns: Mapping[str, str]
     aliases: Set[str]
     indexes: Mapping[str, str]
@@ -141,7 +145,7 @@ class SpanTable:
                 code="incompatible_schema",
                 status=503,
             )
-        [[engine, order]] = clickhouse.rows(_SQL["table"], names, _TABLE)
+        [[engine, order, held]] = clickhouse.rows(_SQL["table"], names, _TABLE)
         indexes = clickhouse.rows(_SQL["indexes"], names, ["type", "indexed"])
         return cls(
             clickhouse,
@@ -149,6 +153,7 @@ class SpanTable:
             name,
             engine,
             order,
+            int(held),
             columns,
             {text for _, _, default, text in described if default == "ALIAS"},
             {expression: kind for kind, expression in indexes},
@@ -225,10 +230,10 @@ class SpanTable:
             *(f"urn:uuid:{one}" for one in common),
         ]
         # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
-        # there, others are looked for only where the one that the SDK writes is not found.
-        is_exact = self.is_plain and self.value_index != "bloom_filter"
-        found = self._traces_of(spellings if is_exact else [text])
-        if not found and not is_exact:
+        # in a large table, others are looked for only where what the SDK writes is not found.
+        is_dear = self.value_index == "bloom_filter" and self.held >= _MANY_SPANS
+        found = self._traces_of([text] if is_dear else spellings)
+        if not found and is_dear:
             found = self._traces_of(spellings[1:])
         for some in _groups(found, _TRACES_PER_QUERY):
             yield Selection(

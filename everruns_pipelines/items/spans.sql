@@ -9,7 +9,7 @@ FROM system.columns
 WHERE database = {database:String} AND table = {spans:String}
 
 -- name: table
-SELECT engine, sorting_key AS sorted
+SELECT engine, sorting_key AS sorted, ifNull(total_rows, 0) AS held
 FROM system.tables
 WHERE database = {database:String} AND name = {spans:String}
 

@@ -105,6 +105,14 @@ def test_the_session_of_a_span_is_read_in_every_spelling(world: World, spelling:
     assert str(world.items()[key("one")]["session_id"]) == SESSION
 
 
+def test_a_session_is_found_in_two_spellings_at_once(world: World) -> None:
+    world.add(
+        Span([envelope("one")]),
+        Span([envelope("two")], session=SESSION.upper(), name="two", trace="2"),
+    )
+    assert world.rebuild().processed == 2
+
+
 def test_a_database_without_the_platforms_tables_is_refused(world: World) -> None:
     world.connection.execute("ALTER TABLE item_links RENAME TO links_of_items")
     try:
