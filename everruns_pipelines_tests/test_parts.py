@@ -6,7 +6,7 @@ fails.
 
 import json
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ from everruns_pipelines_tests.reporting import world as reporting
 
 SCHEMA = files("everruns_pipelines.databases.embedded") / "schema"
 TABLES = {"reporting": ("platform.sql", "reporting.sql", "triggers.sql"), "items": ("items.sql",)}
+# What is younger may be under way.
+AN_HOUR_AGO = datetime.now(UTC) - timedelta(hours=1)
 AWAY = "postgresql://nobody@127.0.0.1:1/nowhere"
 REBUILD = ("--organization", "acme", "--workspace", "red", "--project", "webapp")
 OF_THE_OTHER = {
@@ -82,7 +84,7 @@ def environment(
 @pytest.fixture
 def settings(environment: Mapping[str, str]) -> Settings:
     settings = Settings.from_environment(environment)
-    return settings.model_copy(update={"reporting_start": datetime.now(UTC).date()})
+    return settings.model_copy(update={"reporting_start": AN_HOUR_AGO.date()})
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def lost(part: str, settings: Settings, database: str) -> Iterator[None]:
                     opened.client.command(statement)
             world = World(ItemsPostgresDatabase(settings), spans, connection)
             world.add_project("webapp", PROJECT)
-            world.add(Span([envelope("one")], start=datetime.now(UTC)))
+            world.add(Span([envelope("one")], start=AN_HOUR_AGO))
         yield
 
 

@@ -71,8 +71,10 @@ def test_a_number_beyond_64_bits_is_no_damage(world: World) -> None:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_bytes_that_are_no_utf8_reject_their_item_only(world: World) -> None:
-    rows = json.dumps(_neighbours('"BYTES"')).encode().replace(b"BYTES", b"\xff\xfe")
+def test_bytes_that_are_no_utf8_reject_their_item_only(world: World, generation: str) -> None:
+    # Of JSON the collector has made U+FFFD: the engine takes no other bytes.
+    damage = "\ufffd".encode() if "json" in generation else b"\xff\xfe"
+    rows = json.dumps(_neighbours('"BYTES"')).encode().replace(b"BYTES", damage)
     world.insert(rows)
     done = world.rebuild()
     assert (done.inserted, done.rejected) == (2, 1)
