@@ -204,6 +204,8 @@ def _cancelled_when_left(connection: Connection) -> Generator[None]:
         if connection.info.transaction_status == TransactionStatus.ACTIVE:
             with suppress(psycopg.Error):
                 connection.cancel_safe(timeout=_CANCEL_SECONDS)
+            # Nobody reads its answer: nothing else can be asked, not even to commit.
+            connection.close()
 
 
 @contextmanager
