@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ HELP = "start Dagster's UI and daemon on this machine"
 _LARGEST_PORT = 65535
 # Held in Dagster's storage: a second daemon would launch every scheduled run twice.
 _DAEMON_LOCK = 0x6576_7270_6461_656D
+# Every opening of the embedded ClickHouse leaves seven files open, and the items' sensor opens it
+# every minute: shells allow 1,024.
+_OPEN_FILES = 100_000
 # A daemon tells every 30 s that it lives.
 _HEARTBEAT_SECONDS = 45
 
@@ -66,6 +70,7 @@ def _run_dagster(arguments: list[str], *, cwd: str, env: dict[str, str]) -> int:
     def interrupt(*_: object) -> None:
         dagster.send_signal(signal.SIGINT)
 
+    _allow_open_files()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the child
     dagster = subprocess.Popen(
         [sys.executable, "-m", "everruns_pipelines.serve.with_daemon", *arguments],
@@ -76,6 +81,13 @@ def _run_dagster(arguments: list[str], *, cwd: str, env: dict[str, str]) -> int:
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, interrupt)
     return dagster.wait()
+
+
+def _allow_open_files() -> None:
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _refuse_port(host: str, port: int) -> None:
