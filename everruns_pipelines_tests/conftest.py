@@ -8,6 +8,7 @@ import atexit
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,9 @@ os.environ |= {
     "DAGSTER_HOME": "",
     "EVERRUNS_HOME": f"{_nowhere.name}/everruns",
 }
+
+# A shell that starts the tests in the background has them ignore it, and whatever they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ENOUGH_MEMORY = 4 * 2**30  # bytes
 _numbers = itertools.count(1)

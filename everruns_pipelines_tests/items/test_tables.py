@@ -46,7 +46,7 @@ TABLES = {
             (
                 "CREATE VIEW traces.spans AS SELECT Timestamp, TraceId, SpanId,"
                 " CAST(SpanAttributes, 'Map(String, String)') AS SpanAttributes, Duration"
-                " FROM default.otel_traces FINAL"
+                " FROM default.otel_traces"
             )
         ],
         "a table of engine View",
