@@ -18,6 +18,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.sample_items import load_sample_items
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.deployment import LiveDeployment, live_deployment, until
 
@@ -205,8 +206,9 @@ def take_pictures(pictures: Path) -> None:
         for asset in ("items", "fact_tool_call"):
             materialize(page, asset, today - timedelta(days=1), today - timedelta(days=1))
             materialized(page, asset, today - timedelta(days=1))
-        for job in ("check_reporting", "check_items", "measure_health"):
-            deployment.run(job, {})
+        for asset in ("items", *(fact.table for fact in FACTS)):
+            execute_checks(page, asset)
+        deployment.run("measure_health", {})
         look_around(page, pictures)
 
 
