@@ -88,14 +88,15 @@ def _days(days: "Sequence[Day]", what: str) -> RenderableType:
         [(str(one.day), one.table, getattr(one, what)) for one in days],
         columns=["day", "table", "rows"],
     )
-    counts = rows.pivot_table(index="day", columns="table", values="rows", aggfunc="sum")
-    of_days = counts.fillna(0).astype(int)
-    wrong = of_days.loc[of_days.sum(axis=1) > 0, of_days.sum() > 0]
-    if wrong.empty:
-        return f"[green]✓[/green] No {what} rows in {len(of_days)} days"
+    pivot = rows.pivot_table(index="day", columns="table", values="rows", aggfunc="sum")
+    counts = pivot.astype("Int64")  # with nothing where a table was not compared on a day
+    if not counts.sum().any():
+        return f"[green]✓[/green] No {what} rows in {len(counts.dropna())} days"
+    compared = counts.loc[:, counts.sum() > 0].dropna(how="all")
+    wrong = compared.loc[compared.sum(axis=1) > 0]
     wrong.loc["all"] = wrong.sum()
     wrong.columns = [str(name).removeprefix("fact_").replace("_", "\n") for name in wrong.columns]
-    title = f"{what.capitalize()} rows per day: {len(wrong) - 1} of {len(of_days)} days"
+    title = f"{what.capitalize()} rows per day: {len(wrong) - 1} of {len(compared)} days"
     return _table(wrong.rename_axis("day"), title)
 
 
@@ -106,5 +107,11 @@ def _table(frame: Any, title: str) -> RenderableType:
         table.add_column(str(column), justify="right")
     values: list[list[Any]] = frame.to_numpy().tolist()
     for name, row in zip(frame.index, values, strict=True):
-        table.add_row(str(name), *("·" if value == 0 else f"{value:,}" for value in row))
+        table.add_row(str(name), *(_count(value) for value in row))
     return table
+
+
+def _count(value: Any) -> str:
+    if value is pd.NA:
+        return ""
+    return f"{value:,}" if value else "·"

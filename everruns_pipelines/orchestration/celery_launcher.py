@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import dagster as dg
-from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._serdes import ConfigurableClassData
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
+
+from everruns_pipelines.orchestration.launch_once import is_to_be_launched
 
 # How long to wait for workers to say what they are doing, and how long none of them may know of a
 # run before it counts as lost: two looks of run monitoring.
@@ -83,6 +85,12 @@ class EverrunsCeleryRunLauncher(CeleryRunLauncher):
     def supports_resume_run(self) -> bool:
         """A lost run is launched again as a whole: whatever it did is done once all the same."""
         return False
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Hand it to the workers, once."""
+        with is_to_be_launched(self._instance, context.dagster_run.run_id) as is_first:
+            if is_first:
+                super().launch_run(context)
 
     def terminate(self, run_id: str) -> bool:
         """Interrupt the run where it is; one whose worker died is over at once."""

@@ -13,6 +13,8 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRun, DefaultRunLau
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
+from everruns_pipelines.orchestration.launch_once import is_to_be_launched
+
 # On runs: among which processes theirs is one. Another machine, another boot of this one or another
 # container has others under the same numbers.
 PROCESSES_TAG = "everruns/processes"
@@ -32,8 +34,11 @@ class LocalRunLauncher(DefaultRunLauncher):
 
     def launch_run(self, context: LaunchRunContext) -> None:
         """Launch it, and note where its process is if it is beside this one."""
-        super().launch_run(context)
         run_id = context.dagster_run.run_id
+        with is_to_be_launched(self._instance, run_id) as is_first:
+            if not is_first:
+                return
+            super().launch_run(context)
         run = self._instance.get_run_by_id(run_id)
         here = processes_here()
         if run is not None and here is not None and _is_beside_us(run):

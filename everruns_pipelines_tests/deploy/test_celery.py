@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 
+import psycopg
 import pytest
 
 from everruns_pipelines_tests.deploy.deployments import CeleryProcesses, celery
@@ -202,7 +203,7 @@ def test_a_code_server_that_was_away_is_found_again_by_all(
     until(lambda: lived.connection.execute(left).fetchone() == (0,), "the sensor drains")
 
 
-def test_two_daemons_lose_and_double_nothing(deployment: CeleryProcesses, lived: Platform) -> None:
+def test_two_daemons_launch_each_run_once(deployment: CeleryProcesses, lived: Platform) -> None:
     deployment.start_daemon("second daemon")
     log = deployment.log("second daemon")
     until(lambda: "Another" in log.read_text(), "the second one says that there is another")
@@ -212,6 +213,12 @@ def test_two_daemons_lose_and_double_nothing(deployment: CeleryProcesses, lived:
         until(lambda run=run: deployment.status(run) == "SUCCESS", "they all succeed")
     deployment.kill("second daemon")
     until(lived.is_repaired, "every session has its fact, once")
+    with psycopg.connect(lived.environment["EVERRUNS_DAGSTER_POSTGRES_URL"]) as storage:
+        starts = storage.execute(
+            "SELECT run_id, count(*) FROM event_logs"
+            " WHERE dagster_event_type = 'PIPELINE_START' GROUP BY 1"
+        ).fetchall()
+    assert dict.fromkeys(runs, 1).items() <= dict(starts).items()
 
 
 def test_the_broker_may_be_restarted_while_a_run_is_at_work(

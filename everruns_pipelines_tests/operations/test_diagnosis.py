@@ -266,6 +266,21 @@ def test_a_diagnosis_of_many_days_fits_into_80_columns(
     assert "Missing rows per day: 30 of 30 days" in "".join(printed)
 
 
+def test_days_on_which_a_table_was_not_compared_do_not_count_as_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = datetime.now(UTC)
+    days = [
+        Day(table, (now - timedelta(days=ago)).date(), 9, 0, stale, 0)
+        for table, compared, stale in (("fact_session", 7, 1), ("fact_turn", 30, 0))
+        for ago in range(compared)
+    ]
+    show_diagnosis(Diagnosis(now, ("reporting",), [], None, [], {"fact_turn": 1.0}, {}, days, []))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Stale rows per day: 7 of 7 days" in printed
+    assert "No missing rows in 7 days" in printed
+
+
 def test_a_chart_is_a_picture_of_its_numbers() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     picture = _svg(

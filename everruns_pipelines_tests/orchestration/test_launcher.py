@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from logging import getLogger
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from dagster._core.events import EngineEventData
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
+from everruns_pipelines.orchestration.launch_once import is_to_be_launched
 from everruns_pipelines.orchestration.launcher import PROCESSES_TAG, is_alive, processes_here
 from everruns_pipelines_tests.deployment import ROOT
 
@@ -69,3 +71,39 @@ def test_a_run_of_which_nothing_is_known_is_left_alone(deployed: DagsterInstance
 def test_another_process_of_the_same_number_is_not_the_one() -> None:
     assert is_alive(os.getpid(), time.time())
     assert not is_alive(os.getpid(), time.time() - 86400 * 365)
+
+
+def test_a_run_is_launched_once_by_two_daemons(deployed: DagsterInstance) -> None:
+    runs = [deployed.add_run(DagsterRun("idle")).run_id for _ in range(5)]
+    launched: list[str] = []
+
+    def launch(run_id: str) -> None:
+        with is_to_be_launched(deployed, run_id) as is_first:
+            if is_first:
+                launched.append(run_id)
+
+    with ThreadPoolExecutor(4) as daemons:
+        list(daemons.map(launch, runs * 4))
+    assert sorted(launched) == sorted(runs)
+
+
+def test_a_launch_that_failed_is_tried_again_and_a_retry_of_the_run_is_another_run(
+    deployed: DagsterInstance,
+) -> None:
+    run = deployed.add_run(DagsterRun("idle"))
+
+    def fail() -> None:
+        with is_to_be_launched(deployed, run.run_id) as is_first:
+            assert is_first
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        fail()
+    for expected in (True, False):
+        with is_to_be_launched(deployed, run.run_id) as is_first:
+            assert is_first is expected
+    launched = deployed.get_run_by_id(run.run_id)
+    assert launched is not None
+    retry = deployed.add_run(DagsterRun("idle", tags=launched.tags))
+    with is_to_be_launched(deployed, retry.run_id) as is_first:
+        assert is_first
