@@ -53,7 +53,10 @@ def trying(fact: Fact, projection: Projection) -> tuple[sql.Composed, sql.Compos
     columns = [sql.Identifier(column.name) for column in fact.columns]
     make = sql.SQL(_TRIED).format(
         projected=made_rows(
-            fact, projection, looked_up_rows(projection.source, projection.event_types)
+            fact,
+            projection,
+            looked_up_rows(projection.source, projection.event_types),
+            confirmed=not projection.source.org_from_session,
         ),
         unstorable=_unstorable(fact),
     )
@@ -89,7 +92,9 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
             sql.SQL("SELECT * FROM source_rows {}").format(
                 of_types("WHERE event_type", projection.event_types)
             ),
+            confirmed=not projection.source.org_from_session,
         ),
+        "kept": sql.SQL("" if projection.aggregates else "NOT"),
         "superseded": sql.SQL(projection.supersedes or "false"),
     }
     has_notes = projection.rejects or projection.reports
@@ -121,9 +126,10 @@ def _unstorable(fact: Fact) -> sql.Composed:
     )
 
 
-# New facts, as fast as can be.
+# New facts, as fast as can be: they are made where they are written, and not kept. Those that are
+# rejected or reported are made again.
 _INSERT = """
-{made} AS ({projected}),
+{made} AS {kept} MATERIALIZED ({projected}),
 {note}
 {added} AS (
     INSERT INTO {fact} AS fact ({columns}, projected_at)
