@@ -96,7 +96,8 @@ class Batches:
         self._pace = pace
         self._stop = stop
         self._awaits_sessions = False
-        self._number = 0
+        self._rows = 0
+        self._rows_when_planned = 0
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
         """Project up to `size` rows that were due at the cutoff; None if there are none.
@@ -117,12 +118,15 @@ class Batches:
                 continue
             if drained is not None:
                 self._pace.follow(drained.claimed, time.monotonic() - started)
-            self._number += 1
-            if self._number.bit_count() == 1:
-                # A plan for a table holds until the table is twice as large: by then, at the
-                # latest, there have been twice as many batches.
-                self._connection.execute("DISCARD PLANS")
+                self._renew_plans(drained.claimed)
             return drained
+
+    def _renew_plans(self, rows: int) -> None:
+        """Plan anew when tables are a few times as large: they grow with what is projected."""
+        self._rows += rows
+        if self._rows > 4 * self._rows_when_planned:
+            self._rows_when_planned = self._rows
+            self._connection.execute("DISCARD PLANS")
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
         deaths = self._deaths

@@ -160,10 +160,13 @@ _PROJECT = """
         projected.rejected IS NULL
             AND ({of_projection}) IS DISTINCT FROM ({of_fact}) AS wanted
     FROM ({projected}) AS projected
-    -- LIMIT: looked up by key, row by row. Left to choose, the planner may read the whole table.
+    -- LIMIT: looked up row by row. Left to choose, the planner may read the whole table. ANY, since
+    -- only the index of the key has this order: while a table is small, any index would do.
     LEFT JOIN LATERAL (
         SELECT * FROM {fact} AS stored
-        WHERE stored.org_id = projected.org_id AND stored.source_key = projected.source_key
+        WHERE stored.org_id = projected.org_id
+            AND stored.source_key = ANY (ARRAY[projected.source_key])
+        ORDER BY stored.source_key
         LIMIT 1
     ) AS fact ON true
 ),
