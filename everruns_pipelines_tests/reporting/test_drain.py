@@ -452,14 +452,14 @@ def test_plans_made_while_no_session_had_a_fact_look_each_of_many_up_by_its_key(
     connection.execute("ANALYZE sessions")
     for _ in range(100):
         ready_world.enqueue(org, "event", ready_world.event(first))
-    due = {"next_attempt_at": datetime.now(UTC) - timedelta(hours=1)}
+    due = datetime.now(UTC) - timedelta(hours=1)
     batches = drain(connection, max_attempts=MAX_ATTEMPTS, batch_size=150)
     assert next(batches).completed == 100
 
-    ready_world.enqueue(org, "session", first, **due)
+    ready_world.enqueue(org, "session", first, next_attempt_at=due)
     assert next(batches).completed == 1
     for session in others:
-        ready_world.enqueue(org, "session", session, **due)
+        ready_world.enqueue(org, "session", session, next_attempt_at=due)
     assert next(batches).completed == 150
     before = rows_read(connection)
     assert next(batches).completed == 150
