@@ -75,7 +75,7 @@ class Deployment:
             ops: config by op.
 
         Returns:
-            The counts that each op answered.
+            What each op counted; beside it, what it listed: a list of rows for each table.
 
         Raises:
             Refusal: the deployment, or the run itself, refused the request.
@@ -279,12 +279,12 @@ class _Seen:
             case "LogMessageEvent":
                 tell(_progress(event["message"]))
             case "ExecutionStepOutputEvent":
-                counts = {
-                    entry["label"]: entry["intValue"]
-                    for entry in event["metadataEntries"]
-                    if entry.get("intValue") is not None
-                }
-                self.counts.setdefault(event["stepKey"], {}).update(counts)
+                counts = self.counts.setdefault(event["stepKey"], {})
+                for entry in event["metadataEntries"]:
+                    if entry.get("intValue") is not None:
+                        counts[entry["label"]] = entry["intValue"]
+                    elif entry.get("table") is not None:
+                        counts[entry["label"]] = list(map(json.loads, entry["table"]["records"]))
             case "ExecutionStepFailureEvent":
                 told = event["failureMetadata"]
                 self.refusal = _refusal(told["metadataEntries"]) if told else None
@@ -355,7 +355,11 @@ query Follow($run: ID!, $after: String) {
         __typename
         ... on MessageEvent { message stepKey }
         ... on ExecutionStepOutputEvent {
-          metadataEntries { label ... on IntMetadataEntry { intValue } }
+          metadataEntries {
+            label
+            ... on IntMetadataEntry { intValue }
+            ... on TableMetadataEntry { table { records } }
+          }
         }
         ... on ExecutionStepFailureEvent {
           error { message }

@@ -118,6 +118,19 @@ def test_counts_come_back_by_op(webserver: Webserver) -> None:
     assert backfill(webserver.url) == {"enqueue": {"enqueued": 3}, "project": {"claimed": 3}}
 
 
+def test_what_an_op_lists_comes_back_too(webserver: Webserver) -> None:
+    listed = output("rebuild", processed=3)
+    row = {"item": "one", "fields": "title"}
+    table = {"label": "taken_back", "table": {"records": [json.dumps(row)]}}
+    listed["metadataEntries"].append(table)
+    webserver.script = [
+        ("Jobs", JOBS),
+        ("Launch", LAUNCHED),
+        ("Follow", followed("SUCCESS", listed)),
+    ]
+    assert backfill(webserver.url) == {"rebuild": {"processed": 3, "taken_back": [row]}}
+
+
 def test_it_tells_messages_and_how_far_the_run_is(webserver: Webserver) -> None:
     webserver.script = [
         ("Jobs", JOBS),

@@ -106,7 +106,7 @@ def lost(part: str, settings: Settings, database: str) -> Iterator[None]:
 
 
 def test_every_command_works_or_is_refused_in_one_line(
-    part: str, lost: None, capfd: pytest.CaptureFixture[str]
+    part: str, lost: None, database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     del lost
 
@@ -131,6 +131,14 @@ def test_every_command_works_or_is_refused_in_one_line(
         assert (would["inserted"], would["unchanged"], would["out_of_scope"]) == (1, 0, 0)
         told = run("rebuild", *REBUILD, "--session-id", SESSION)[1]
         assert json.loads(told) == {"processed": 1}
+        with psycopg.connect(database, autocommit=True) as connection:
+            edited = connection.execute(
+                "UPDATE items SET title = 'mine', data = '{}' RETURNING id::text"
+            ).fetchone()
+        assert edited is not None
+        told = run("rebuild", *REBUILD, "--session-id", SESSION, "--dry-run")[1]
+        assert json.loads(told)["taken_back"] == [{"item": edited[0], "fields": "title, data"}]
+        assert run("rebuild", *REBUILD, "--session-id", SESSION)[0] == 0
     status, told = run("diagnose", "--json")
     assert status == 0
     assert sum(day["missing"] for day in json.loads(told)["days"]) == 0

@@ -56,16 +56,17 @@ def run_job(
             raise RunFailure(str(error)) from error
     if not result.success:
         raise _why_failed(result)
-    # What an op counted beside its answer stands in the metadata, as it does over GraphQL.
-    counted: dict[str, dict[str, Any]] = {}
+    # What an op counted and listed beside its answer stands in the metadata, as over GraphQL.
+    counts: dict[str, dict[str, Any]] = {}
     for event in result.filter_events(lambda event: event.is_successful_output):
         if event.step_key is not None:
-            counted.setdefault(event.step_key, {}).update(
-                (name, value.value)
-                for name, value in event.step_output_data.metadata.items()
-                if isinstance(value, dg.IntMetadataValue)
-            )
-    return counted
+            counted = counts.setdefault(event.step_key, {})
+            for name, value in event.step_output_data.metadata.items():
+                if isinstance(value, dg.IntMetadataValue):
+                    counted[name] = value.value
+                elif isinstance(value, dg.TableMetadataValue):
+                    counted[name] = [dict(record.data) for record in value.records]
+    return counts
 
 
 def _tags(origin: str, run_config: Mapping[str, Any]) -> dict[str, str]:

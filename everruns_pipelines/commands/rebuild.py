@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """Run the job; how many items were processed, and all that was counted if verbose."""
+    """Run the job; how many items were processed, and all that was counted and named if verbose."""
     from everruns_pipelines.items.scope import RebuildRequest, resolve_project
 
     request = RebuildRequest(

@@ -61,7 +61,7 @@ def rebuild(
     with postgres.connect() as connection:
         check_platform(connection)
         project = resolve_project(connection, request)
-        scope = _Scope(lambda table: _selections(table, request), project, request.session)
+        scope = _Scope(lambda table: _selections(table, request, log), project, request.session)
         return _rebuild(connection, clickhouse, scope, log, dry_run=request.dry_run)
 
 
@@ -89,9 +89,9 @@ def rebuild_day(
         return _rebuild(connection, clickhouse, scope, log, dry_run=dry_run, grace=grace)
 
 
-def _selections(table: SpanTable, request: RebuildRequest) -> Iterator[Selection]:
-    if request.session is not None:
-        yield from table.of_session(request.session)
+def _selections(table: SpanTable, request: RebuildRequest, log: Log) -> Iterator[Selection]:
+    if request.session_id is not None:
+        yield from table.of_session(request.session_id, log)
     yield from table.of_runs(request.run_ids)
 
 

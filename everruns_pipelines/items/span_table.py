@@ -14,7 +14,7 @@ from string import Template
 from typing import Any, TypeVar
 from uuid import UUID
 
-from everruns_pipelines.databases.clickhouse import ClickHouse
+from everruns_pipelines.databases.clickhouse import ClickHouse, Log
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import Refusal
 
@@ -28,6 +28,15 @@ _TRACES_PER_QUERY = 3_000
 _RUNS_PER_QUERY = 100
 # A table of fewer spans is read faster than it is looked through twice.
 _MANY_SPANS = 500_000
+# What is near in time.
+_NEAR_NS = 3600 * 1_000_000_000
+_LAST_NS = (1 << 63) - 1
+_NOT_EVERYWHERE = (
+    "The session was looked for as {}. Within an hour of the spans that were found, no span spells "
+    "it otherwise; further away that was not looked for, since in a large table bloom filters are "
+    "of little help. If spans there do spell it otherwise, name it as they do, or materialize "
+    "their days"
+)
 
 _NEEDED_COLUMNS = {"Timestamp", "TraceId", "SpanId", "SpanAttributes", "Duration"}
 _ATTRIBUTES = {
@@ -54,6 +63,7 @@ _SPANS = [
     "outputs", "objects", "complete",
 ]  # fmt: skip
 _TABLE = ["engine", "sorted", "held"]
+_TRACES = ["trace", "first_ns", "last_ns"]
 _REPORTED = ["trace_id", "project_name", "dedupe_key", "ended_ns", "complete"]
 
 # The exporter's companion table tells between which times a trace's spans start. It may know a
@@ -219,8 +229,14 @@ class SpanTable:
         sql = self._filled("spans", selection.columns, attributes, whole=selection.whole)
         return sql, parameters, _SPANS
 
-    def of_session(self, session: UUID) -> Iterator[Selection]:
-        """Spans of a session's traces; whole are those whose own session it is."""
+    def of_session(self, named: str, log: Log) -> Iterator[Selection]:
+        """Spans of a session's traces; whole are those whose own session it is.
+
+        Args:
+            named: the session, a UUID in any spelling.
+            log: told what was not looked for.
+        """
+        session = UUID(named)
         text, digits = str(session), session.hex
         common = [text, text.upper(), digits]
         spellings = [
@@ -229,17 +245,13 @@ class SpanTable:
             *(f"{{{one}}}" for one in common),
             *(f"urn:uuid:{one}" for one in common),
         ]
-        # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it:
-        # in a large table, others are looked for only where what the SDK writes is not found.
-        is_dear = self.value_index == "bloom_filter" and self.held >= _MANY_SPANS
-        found = self._traces_of([text] if is_dear else spellings)
-        if not found and is_dear:
-            found = self._traces_of(spellings[1:])
+        likely = list(dict.fromkeys((text, named)))
+        found = self._traces_of_session(likely, sorted({*spellings} - {*likely}), log)
         for some in _groups(found, _TRACES_PER_QUERY):
             yield Selection(
                 _OF_TRACES,
                 whole=f"{self._words['session']} IN {{sessions:Array(String)}}",
-                parameters={"traces": some, "sessions": spellings},
+                parameters={"traces": some, "sessions": [*spellings, named]},
             )
 
     def of_runs(self, run_ids: Iterable[str]) -> Iterator[Selection]:
@@ -344,11 +356,47 @@ class SpanTable:
             parameters |= {f"item{n}": f"{key}={value}" for n, value in enumerate(values)}
         return predicate, parameters
 
-    def _traces_of(self, sessions: Sequence[str]) -> list[str]:
+    def _traces_of_session(
+        self, likely: Sequence[str], others: Sequence[str], log: Log
+    ) -> Iterable[str]:
+        """The traces in which a session occurs.
+
+        Args:
+            likely: how it may be spelled: as the SDK does, and as we were asked for it.
+            others: its other spellings.
+        """
+        if self.value_index != "bloom_filter" or self.held < _MANY_SPANS:
+            return self._traces_of([*likely, *others])
+        # For each spelling a bloom filter lets one block of spans in a hundred pass that lacks it.
+        # So others are looked for near what was found, and everywhere if there are any.
+        found = self._traces_of(likely)
+        if found:
+            first = min(first for first, _ in found.values()) - _NEAR_NS
+            last = max(last for _, last in found.values()) + _NEAR_NS
+            if not self._traces_of(others, (first, min(last, _LAST_NS))):
+                log(_NOT_EVERYWHERE.format(" and ".join(likely)))
+                return found
+        return found | self._traces_of(others)
+
+    def _traces_of(
+        self, sessions: Sequence[str], during: tuple[int, int] | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """The traces with a session, and between which times the spans that name it start.
+
+        Args:
+            during: between which times spans are looked at, in nanoseconds since the epoch, like
+                those that are returned; None = always.
+        """
         predicate, parameters = self._having("session", sessions)
+        if during is not None:
+            predicate += (
+                " AND Timestamp >= fromUnixTimestamp64Nano({first:Int64}, 'UTC')"
+                " AND Timestamp <= fromUnixTimestamp64Nano({last:Int64}, 'UTC')"
+            )
+            parameters |= dict(zip(("first", "last"), during, strict=True))
         sql = Template(_SQL["traces"]).substitute(having=predicate)
-        rows = self.clickhouse.rows(sql, {**self._names, **parameters}, ["trace"])
-        return [trace for (trace,) in rows]
+        rows = self.clickhouse.rows(sql, {**self._names, **parameters}, _TRACES)
+        return {trace: (int(first), int(last)) for trace, first, last in rows}
 
 
 def of_day(day: date) -> Selection:

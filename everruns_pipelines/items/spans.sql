@@ -58,10 +58,14 @@ $sift
     )
 
 -- name: traces
--- The traces in which a session occurs.
-SELECT DISTINCT TraceId AS trace
+-- The traces in which a session occurs, and between which times the spans start that name it.
+SELECT
+    TraceId AS trace,
+    toUnixTimestamp64Nano(min(Timestamp)) AS first_ns,
+    toUnixTimestamp64Nano(max(Timestamp)) AS last_ns
 FROM {database:Identifier}.{spans:Identifier}
 WHERE $having
+GROUP BY TraceId
 ORDER BY TraceId
 
 -- name: reported

@@ -8,12 +8,6 @@ from psycopg import sql
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
-# Sources of the selection, part by part.
-STAGED = sql.SQL(
-    "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
-    " AND selection.org_id = {org_id}"
-    " AND selection.part BETWEEN %(first)s AND %(last)s"
-)
 # What happened on a day from `first` to `last`. A join without columns, so that the condition can
 # stand where joins do.
 BETWEEN = sql.SQL(
@@ -125,10 +119,21 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     )
 
 
+def staged_rows(fact: Fact, projection: Projection) -> sql.Composed:
+    """The same of what stands in the selection from number `first` to `last`."""
+    source = projection.source
+    return made_rows(
+        fact,
+        projection,
+        looked_up_rows(source, projection.event_types),
+        confirmed=not source.org_from_session,
+    )
+
+
 def made_rows(
     fact: Fact, projection: Projection, selected: sql.Composable, *, confirmed: bool = True
 ) -> sql.Composed:
-    """The same, of source rows of the event types that the projection reads.
+    """The same of source rows of the event types that the projection reads.
 
     Args:
         confirmed: they are known to be of their `org_id`. Else those are left out whose session,

@@ -8,8 +8,9 @@ Older engines run in environments of their own, which have nothing but Python: s
 import ssl
 import threading
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.parser import BytesParser
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,23 +63,30 @@ def serving(
     profile: Mapping[str, str] | None = None,
     certificate: Path | None = None,
 ) -> Generator[HttpEngine]:
-    """The engine of `clickhouse` as a server.
+    """The engine of `clickhouse` as a server, which has it from the first query to its own end.
 
     Args:
         profile: settings of the user that everybody is.
         certificate: of the server, with its key, in one file; None = without TLS.
     """
+    turn = threading.Lock()
+    engine = ExitStack()
+
+    @cache
+    def opened() -> Any:
+        # The parameters come formatted already: below the client, straight to the engine.
+        client: Any = vars(engine.enter_context(clickhouse.connect()).client)["_client"]
+        for name, value in (profile or {}).items():
+            client._backend.set_client_setting(name, value)
+        return client
 
     def answer(query: str, _database: str, bound: Mapping[str, str]) -> bytes:
-        with clickhouse.connect() as opened:
-            # The parameters come formatted already: below the client, straight to the engine.
-            client: Any = vars(opened.client)["_client"]
-            for name, value in (profile or {}).items():
-                client._backend.set_client_setting(name, value)
+        with turn:
+            client = opened()
             final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
             return client._backend.execute_raw_query(final, dict(bound), None, runtime, None)
 
-    with HttpEngine(answer, certificate) as server:
+    with HttpEngine(answer, certificate) as server, engine:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import UUID
 
 import pytest
 
@@ -29,7 +28,7 @@ _DAYS = 4
 HOUR = timedelta(hours=1)
 
 _WAYS: dict[str, Callable[[SpanTable], Iterable[Selection]]] = {
-    "session": lambda table: table.of_session(UUID(SESSION)),
+    "session": lambda table: table.of_session(SESSION, print),
     "run": lambda table: table.of_runs([RUN]),
     "trace": lambda table: table.of_runs([Span().trace_id]),
     "day": lambda table: [of_day(DAY)],

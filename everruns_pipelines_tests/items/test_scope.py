@@ -1,11 +1,14 @@
 """Whose items a rebuild may touch, and what it refuses before anything is touched."""
 
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items import span_table
+from everruns_pipelines_tests.items.generations import GENERATIONS
 from everruns_pipelines_tests.items.world import (
     ORGANIZATION,
     OTHER_SESSION,
@@ -105,12 +108,44 @@ def test_the_session_of_a_span_is_read_in_every_spelling(world: World, spelling:
     assert str(world.items()[key("one")]["session_id"]) == SESSION
 
 
-def test_a_session_is_found_in_two_spellings_at_once(world: World) -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("many", [0, 500_000], ids=["large", "small"])
+def test_a_session_is_found_in_several_spellings_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, many: int, generation: str
+) -> None:
+    monkeypatch.setattr(span_table, "_MANY_SPANS", many)
+    later = {SESSION: 0, SESSION.upper(): 59, f"urn:uuid:{SESSION}": 9000}
+    world.add(
+        *(
+            Span([envelope(spelling)], session=spelling, name=spelling, trace=spelling, start=start)
+            for spelling, minutes in later.items()
+            for start in [Span().start + timedelta(minutes=minutes)]
+        )
+    )
+    assert world.rebuild().processed == len(later)
+
+
+def test_where_a_session_was_not_looked_for_in_other_spellings_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_table, "_MANY_SPANS", 0)
+    other = SESSION.upper()
+    start = Span().start + timedelta(days=2)
     world.add(
         Span([envelope("one")]),
-        Span([envelope("two")], session=SESSION.upper(), name="two", trace="2"),
+        Span([envelope("two")], session=other, name="two", trace="2", start=start),
     )
-    assert world.rebuild().processed == 2
+    assert world.rebuild().processed == 1
+    [told] = [message for message in world.log if SESSION in message]
+    assert "name it as they do, or materialize their days" in told
+    assert world.rebuild(other).processed == 2
+    assert world.rebuild_day(start.date()).processed == 1
+
+
+def test_a_session_is_looked_for_as_it_is_named(world: World) -> None:
+    mixed = SESSION[:18] + SESSION[18:].upper()
+    world.add(Span([envelope("one", session_id=None)], session=mixed))
+    assert world.rebuild(mixed).processed == 1
 
 
 def test_a_database_without_the_platforms_tables_is_refused(world: World) -> None:

@@ -1,4 +1,4 @@
-"""What a rebuild of items costs, as ratios within one run.
+"""What a rebuild of items costs, as ratios within one run: in two generations of the span table.
 
 5 million spans are made inside ClickHouse; among them a session of 100,000 items and one of 50.
 Compared are the rebuild, the item-by-item way (json.loads and one upsert per item), and the bare
@@ -11,17 +11,13 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, LiteralString
-from uuid import UUID
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.items._spans import PROJECT, add_project, make_items, make_noise
+from benchmarks.items._table import Row, row, show, timed
 from everruns_pipelines.databases.clickhouse import ClickHouse, ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
@@ -34,54 +30,58 @@ from everruns_pipelines.settings import Settings
 SPANS = 5_000_000
 ITEMS = 100_000
 ROUNDS = 3
-PROJECT = "11111111-1111-4111-8111-111111111111"
+NOTHING = "aaaaaaaa-0000-4000-8000-00000000000f"
 LARGE = "aaaaaaaa-0000-4000-8000-000000000001"
 SMALL = "aaaaaaaa-0000-4000-8000-000000000002"
 MEMORY_LARGE = "aaaaaaaa-0000-4000-8000-000000000003"
 MEMORY_SMALL = "aaaaaaaa-0000-4000-8000-000000000004"
 
+# The table's script, and how much of it a session of 50 items may read.
+TABLES = {"2024": ("otel_traces.sql", 0.05), "newest": ("otel_traces_newest_text.sql", 0.01)}
+
 
 def main() -> None:
-    """Run everything and print the table."""
-    table = Table("what", "measured", "target", "met")
+    """Measure on one table after the other, and print all of it."""
+    show(measured for table in TABLES for measured in measure(table))
+
+
+def measure(table: str) -> Iterator[Row]:
+    script, bound = TABLES[table]
     with tempfile.TemporaryDirectory(prefix="everruns-bench-", ignore_cleanup_errors=True) as home:
-        settings = Settings.from_environment({"EVERRUNS_HOME": home})
-        bench = Bench(PostgresDatabase(settings), ClickHouseDatabase(settings))
+        settings = Settings.from_environment(
+            {"EVERRUNS_HOME": home, "EVERRUNS_CLICKHOUSE_DSN": f"chdb://{home}/spans"}
+        )
+        bench = Bench(table, PostgresDatabase(settings), ClickHouseDatabase(settings))
         with timed() as took:
-            bench.prepare()
-        print(f"{SPANS:,} spans made in {took():.0f} s", file=sys.stderr)
-        for row in (*bench.speed(), bench.rows_read("2024", 0.03), *bench.memory(Path(home))):
-            table.add_row(*row)
-        table.add_row(*newest(Path(home)).rows_read("newest", 0.01))
-    Console(width=110).print(table)
+            bench.prepare(script)
+        print(f"{table}: {SPANS:,} spans made in {took():.0f} s", file=sys.stderr)
+        yield bench.rows_read(bound)
+        yield from bench.speed()
+        yield from bench.memory(Path(home))
 
 
 @dataclass(frozen=True)
 class Bench:
+    table: str
     postgres: PostgresDatabase
     clickhouse: ClickHouseDatabase
 
-    def prepare(self) -> None:
+    def prepare(self, script: str) -> None:
         with self.postgres.connect() as connection:
-            connection.execute("INSERT INTO item_organizations (slug) VALUES ('acme')")
-            connection.execute(
-                "INSERT INTO item_workspaces (organization_id, slug)"
-                " SELECT id, 'red' FROM item_organizations"
-            )
-            connection.execute(
-                "INSERT INTO projects (id, workspace_id, slug)"
-                " SELECT %s, id, 'webapp' FROM item_workspaces",
-                [PROJECT],
-            )
+            add_project(connection)
         with self.clickhouse.connect() as clickhouse:
-            make_spans(clickhouse)
+            for statement in span_tables(script):
+                clickhouse.client.command(statement)
+            for start in range(0, SPANS, 500_000):
+                make_noise(clickhouse, start, min(SPANS, 500_000))
+            make_items(clickhouse, SMALL, 50)
             make_items(clickhouse, LARGE, ITEMS)
             for session, number in ((MEMORY_SMALL, 1_000), (MEMORY_LARGE, ITEMS)):
                 make_items(clickhouse, session, number)
                 make_items(clickhouse, session, 1_000, per_span=1_000)
                 make_items(clickhouse, session, 1, padding=2_000_000)
 
-    def speed(self) -> Iterator[tuple[str, ...]]:
+    def speed(self) -> Iterator[Row]:
         """The three ways on new items and on unchanged ones."""
         ways: dict[str, Callable[[], object]] = {
             "rebuild": self.rebuild,
@@ -101,28 +101,30 @@ class Bench:
             best = {name: min(values) for name, values in times.items()}
             print(what, {name: round(value, 2) for name, value in best.items()}, file=sys.stderr)
             ratio = best["by_item"] / best["rebuild"]
-            yield row(f"{ITEMS:,} {what} items, times the item-by-item way", ratio, target)
+            told = f"{self.table}: {ITEMS:,} {what} items,"
+            yield row(f"{told} times the item-by-item way", ratio, target)
             ratio = best["rebuild"] / best["bare"]
-            yield row(f"{ITEMS:,} {what} items, time over the bare pipe's", ratio, 1.5, below=True)
+            yield row(f"{told} time over the bare pipe's", ratio, 1.5, below=True)
 
-    def rows_read(self, table: str, bound: float) -> tuple[str, ...]:
+    def rows_read(self, bound: float) -> Row:
         """Rows that ClickHouse selects for a session of 50 items, over all rows."""
         with self.clickhouse.connect() as clickhouse:
             before = selected_rows(clickhouse)
             read(clickhouse, SMALL, lambda _chunk: None)
             share = (selected_rows(clickhouse) - before) / SPANS
-        what = f"a session of 50 items in the {table} table, rows read of a full scan's"
+        what = f"{self.table}: a session of 50 items, rows read of a full scan's"
         return row(what, share, bound, below=True)
 
-    def memory(self, home: Path) -> Iterator[tuple[str, ...]]:
+    def memory(self, home: Path) -> Iterator[Row]:
         """Peak memory of a rebuild in a process of its own."""
         empty, small, large = (
             min(peak(home, session) for _ in range(2))
-            for session in ("aaaaaaaa-0000-4000-8000-00000000000f", MEMORY_SMALL, MEMORY_LARGE)
+            for session in (NOTHING, MEMORY_SMALL, MEMORY_LARGE)
         )
         print(f"peak MiB: {empty:.0f} {small:.0f} {large:.0f}", file=sys.stderr)
-        yield row("peak memory, 100,000 items over 1,000", large / small, 1.2, below=True)
-        yield row("peak memory above an empty run's, MiB", large - empty, 256, below=True)
+        told = f"{self.table}: peak memory"
+        yield row(f"{told}, 100,000 items over 1,000", large / small, 1.2, below=True)
+        yield row(f"{told} above an empty run's, MiB", large - empty, 256, below=True)
 
     def empty(self) -> None:
         with self.postgres.connect() as connection:
@@ -245,7 +247,7 @@ def unescape(text: bytes) -> str:
 def read(clickhouse: ClickHouse, session: str, take: Callable[[bytes], object]) -> None:
     """The bytes that a rebuild of a session reads."""
     table = SpanTable.of(clickhouse, "otel_traces")
-    selections: list[Selection] = list(table.of_session(UUID(session)))
+    selections: list[Selection] = list(table.of_session(session, print))
     for selection in selections:
         for chunk in clickhouse.stream(*table.query(selection, [PROJECT, "webapp"])):
             take(chunk)
@@ -256,104 +258,10 @@ def selected_rows(clickhouse: ClickHouse) -> int:
     return int(clickhouse.rows(query, {}, ["value"])[0][0])
 
 
-def newest(home: Path) -> Bench:
-    """The same spans in the exporter's newest table, but for the large sessions."""
-    settings = Settings.from_environment(
-        {"EVERRUNS_HOME": str(home), "EVERRUNS_CLICKHOUSE_DSN": f"chdb://{home}/newest"}
-    )
-    bench = Bench(PostgresDatabase(settings), ClickHouseDatabase(settings))
-    with bench.clickhouse.connect() as clickhouse:
-        for statement in span_tables("otel_traces_newest_text.sql"):
-            clickhouse.client.command(statement)
-        make_spans(clickhouse)
-    return bench
-
-
-def make_spans(clickhouse: ClickHouse) -> None:
-    for start in range(0, SPANS, 500_000):
-        make_noise(clickhouse, start, min(SPANS, 500_000))
-    make_items(clickhouse, SMALL, 50)
-
-
-def make_noise(clickhouse: ClickHouse, start: int, number: int) -> None:
-    """Spans of other sessions: fifty a trace, two hundred a session."""
-    clickhouse.client.command(f"""
-        INSERT INTO otel_traces
-        (Timestamp, TraceId, SpanId, ServiceName, SpanName, SpanKind, SpanAttributes, Duration)
-        SELECT
-            toDateTime64('2026-01-01 00:00:00', 9) + intDiv(number, 20),
-            lower(hex(MD5(toString(intDiv(number, 50))))),
-            leftPad(lower(hex(number)), 16, '0'),
-            'agent',
-            ['agent', 'generation', 'tool:shell', 'tool:http', 'task'][number % 5 + 1],
-            'Internal',
-            map(
-                'dreadnode.project', '{PROJECT}',
-                'dreadnode.session.id', toString(reinterpretAsUUID(MD5(toString(intDiv(number, 200))))),
-                'dreadnode.run.id', toString(reinterpretAsUUID(MD5('run' || toString(intDiv(number, 100))))),
-                'logfire.span_type', 'span',
-                'logfire.msg', 'message ' || toString(number),
-                'dreadnode.outputs', '[{{"name":"result","label":"result","hash":"b25fdfe6ba7b0570","attributes":null}}]',
-                'dreadnode.objects', '{{"b25fdfe6ba7b0570":{{"hash":"b25fdfe6ba7b0570","value":"done ' || toString(number) || '","type":"val"}}}}'
-            ),
-            1000000
-        FROM numbers({start}, {number})
-    """)  # noqa: E501 - our own constants; a literal is a literal
-
-
-def make_items(
-    clickhouse: ClickHouse, session: str, number: int, *, per_span: int = 1, padding: int = 400
-) -> None:
-    """A session's items, `per_span` in each span, with `padding` bytes of evidence."""
-    clickhouse.client.command(f"""
-        INSERT INTO otel_traces
-        (Timestamp, TraceId, SpanId, ServiceName, SpanName, SpanKind, SpanAttributes, Duration)
-        WITH
-            arrayMap(n -> number * {per_span} + n, range({per_span})) AS ns,
-            arrayMap(n -> lower(hex(MD5('{session} {per_span} {padding} ' || toString(n)))), ns) AS keys
-        SELECT
-            toDateTime64('2026-01-01 12:00:00', 9) + intDiv(number, 50),
-            lower(hex(MD5('{session}' || toString(intDiv(number, 50))))),
-            leftPad(lower(hex(cityHash64('{session}', number, {per_span}, {padding}))), 16, '0'),
-            'agent',
-            'tool:report_item',
-            'Internal',
-            map(
-                'dreadnode.project', '{PROJECT}',
-                'dreadnode.session.id', '{session}',
-                'dreadnode.run.id', '{session}',
-                'logfire.span_type', 'span',
-                'dreadnode.outputs', '[' || arrayStringConcat(arrayMap(key ->
-                    '{{"name":"item","label":"x","hash":"' || left(key, 16) || '","attributes":{{"item_type":"finding","severity":"low","status":"","dedupe_key":"' || key || '"}}}}', keys), ',') || ']',
-                'dreadnode.objects', '{{' || arrayStringConcat(arrayMap((key, n) ->
-                    '"' || left(key, 16) || '":{{"hash":"' || left(key, 16) || '","schema_hash":"0275535e8e9459a7","value":{{"item_type":"finding","dedupe_key":"' || key || '","ref":"r' || key || '","title":"RCE in /api #' || toString(n) || '","status":null,"notes":null,"schema_ref":"finding@1","session_id":"{session}","trace_id":null,"span_id":null,"capability":"web-recon","capability_version":"1.4.2","data":{{"title":"RCE in /api #' || toString(n) || '","description":"**api** is affected; `x=779`","severity":"low","category":null,"evidence":"' || repeat('GET /api?q=A ', intDiv({padding}, 13)) || '","metadata":{{"cvss":2.0,"tags":["cache","login","upload"],"n":' || toString(n) || ',"deep":{{"a":[0,0,7],"b":null,"c":true}}}}}},"links":null}},"type":"val"}}', keys, ns), ',') || '}}'
-            ),
-            4000012
-        FROM numbers({number // per_span})
-        SETTINGS max_block_size = 1000
-    """)  # noqa: E501 - our own constants; a literal is a literal
-
-
-@contextmanager
-def timed() -> Generator[Callable[[], float]]:
-    start = time.perf_counter()
-    end: list[float] = []
-    yield lambda: end[0]
-    end.append(time.perf_counter() - start)
-
-
-def row(
-    what: str, measured: float, target: float, *, below: bool = False
-) -> tuple[str, str, str, str]:
-    met = measured <= target if below else measured >= target
-    sign = "at most" if below else "at least"
-    return what, f"{measured:.3g}", f"{sign} {target:g}", "yes" if met else "NO"
-
-
 def peak(home: Path, session: str) -> float:
     """Peak resident memory of one rebuild, in MiB."""
     answer = subprocess.run(
-        [sys.executable, "-m", "benchmarks.items", str(home), session],
+        [sys.executable, "-m", "benchmarks.items.rebuilding", str(home), session],
         check=True,
         capture_output=True,
         text=True,
@@ -362,15 +270,13 @@ def peak(home: Path, session: str) -> float:
 
 
 def rebuild_and_print_peak(home: str, session: str) -> None:
-    settings = Settings.from_environment({"EVERRUNS_HOME": home})
-    bench = Bench(PostgresDatabase(settings), ClickHouseDatabase(settings))
-    bench.rebuild(session)
+    settings = Settings.from_environment(
+        {"EVERRUNS_HOME": home, "EVERRUNS_CLICKHOUSE_DSN": f"chdb://{home}/spans"}
+    )
+    Bench("", PostgresDatabase(settings), ClickHouseDatabase(settings)).rebuild(session)
     # Not getrusage: what it tells began before exec, in the process that started this one.
     print(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        rebuild_and_print_peak(*sys.argv[1:])
-    else:
-        main()
+    rebuild_and_print_peak(*sys.argv[1:])
