@@ -14,6 +14,7 @@ import dagster as dg
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.alerts import Memory, Problem, tell
+from everruns_pipelines.orchestration.checks import evaluations
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ LATE_SECONDS = 900
 _TOLD_HERE = {"no_parked_rows", "no_late_rows"}
 _MOST_COUNTED = 10_000
 _RUNS_PER_TICK = 200
+_RESULTS_PER_TICK = 10
 _HEALTH = "/assets/pipeline_health"
 # Set by Dagster when a run fails.
 _WILL_RETRY = "dagster/will_retry"
@@ -60,7 +62,7 @@ def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.Se
         memory = Memory.read(context.cursor, now)
         seen: dict[str, Sequence[Problem] | None] = {
             "run": _failed_runs(context.instance, memory, job_names if settings.is_guest else None),
-            "check": _failed_checks(context.instance, check_keys),
+            "check": _failed_checks(context.instance, memory, check_keys),
         }
         reached: dict[str, bool] = {}
         if "reporting" in settings.parts:
@@ -131,27 +133,40 @@ def _subject(run: dg.DagsterRun) -> str:
     return ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ())) or "assets"
 
 
-def _failed_checks(instance: dg.DagsterInstance, keys: Sequence[dg.AssetCheckKey]) -> list[Problem]:
-    """Checks of error severity whose newest evaluation failed."""
-    newest = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
-    return [
-        _failed_check(key, record)
-        for key, record in newest.items()
-        if record.evaluation is not None
-        and not record.evaluation.passed
-        and record.evaluation.severity == dg.AssetCheckSeverity.ERROR
-    ]
+def _failed_checks(
+    instance: dg.DagsterInstance, memory: Memory, keys: Sequence[dg.AssetCheckKey]
+) -> list[Problem]:
+    """Checks of error severity that fail, or have failed since the last tick: what heals in less is
+    told, too.
+    """
+    until, problems = memory.checks_until, list[Problem]()
+    for key in keys:
+        results = list(evaluations(instance, key, _RESULTS_PER_TICK))
+        new = [
+            (record, evaluation)
+            for number, (record, evaluation) in enumerate(results)
+            if number == 0 or (until is not None and record.id > until)
+        ]
+        memory.checks_until = max(memory.checks_until or 0, *(record.id for record, _ in new), 0)
+        problems += [
+            _failed_check(key, record, evaluation)
+            for record, evaluation in new
+            if not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR
+        ][:1]
+    return problems
 
 
-def _failed_check(key: dg.AssetCheckKey, record: "AssetCheckExecutionRecord") -> Problem:
-    evaluation = record.evaluation
-    found = (evaluation.description if evaluation else None) or f"{key.name} failed"
-    remedy = evaluation.metadata.get("to_repair") if evaluation else None
+def _failed_check(
+    key: dg.AssetCheckKey,
+    record: "AssetCheckExecutionRecord",
+    evaluation: dg.AssetCheckEvaluation,
+) -> Problem:
+    remedy = evaluation.metadata.get("to_repair")
     asset = key.asset_key.to_user_string()
     return Problem(
         key=f"check:{asset}:{key.name}",
         title=f"{asset}: {key.name} failed",
-        what=found.rstrip("."),
+        what=(evaluation.description or f"{key.name} failed").rstrip("."),
         since=record.create_timestamp,
         repair=str(remedy.value)
         if isinstance(remedy, dg.TextMetadataValue)

@@ -70,12 +70,14 @@ class Memory:
         failed: by what failed, the run that did last, and when. It stays until a run succeeds.
         away: by variable, since when its database cannot be reached.
         runs_until: changes of runs up to then have been looked at, in seconds since the epoch.
+        checks_until: the newest result of a check that has been looked at, by its number.
     """
 
     told: dict[str, _Told] = field(default_factory=dict[str, _Told])
     failed: dict[str, tuple[str, float]] = field(default_factory=dict[str, tuple[str, float]])
     away: dict[str, float] = field(default_factory=dict[str, float])
     runs_until: float = 0.0
+    checks_until: int | None = None
 
     @classmethod
     def read(cls, cursor: str | None, now: float) -> Self:

@@ -163,6 +163,7 @@ class Diagnosis:
                 "ok": self.is_well,
                 "at": self.at,
                 **self.counts(),
+                "damaged": sum(found.damaged for found in self.anywhere.values()),
                 "oldest_missing": self.oldest_missing(),
                 "lag_seconds": max(self.lag_seconds.values(), default=0.0),
                 "days": wrong_days,

@@ -14,8 +14,9 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.chart import Line, as_markdown
-from everruns_pipelines.orchestration.asset_keys import asset_key
+from everruns_pipelines.orchestration.asset_keys import HEALTH, asset_key
 from everruns_pipelines.orchestration.checks import check_name, check_op, check_specs, severity
+from everruns_pipelines.orchestration.damage import DAMAGED
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.timetable import hourly_schedule
 from everruns_pipelines.reporting.catalog import FACTS
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _DAYS = 7
 _HISTORY = 200
-_HEALTH = "pipeline_health"
 _ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
 _TABLES: Mapping[Part, Sequence[str]] = {"reporting": _FACTS, "items": (_ITEMS,)}
@@ -57,7 +57,9 @@ _PROMISES = {
     "whose source has changed.",
     "orphaned": f"Every row of the last {_DAYS} days has a source, or one in the archive.",
 }
-_OF_OUTBOX = {
+_OF_REPORTING = {
+    DAMAGED: "No fact that was there, or that should be for long, is missing or stale: looked at "
+    "all history every few minutes, and healed by the run that the check names.",
     "parked": "No row of the outbox has failed so often that it is not tried any more.",
     "late": "No fact has a source that waits in the outbox for over 15 minutes.",
 }
@@ -67,7 +69,7 @@ def pipeline_health(settings: Settings) -> dg.AssetsDefinition:
     """The asset, for the parts that are on."""
 
     @dg.asset(
-        key=asset_key(settings, _HEALTH),
+        key=asset_key(settings, HEALTH),
         group_name="operations",
         description="The state of the derived data: the backlog and lag of the outbox; what is "
         f"missing, stale or orphaned in each of the last {_DAYS} days; and how much is missing or "
@@ -117,11 +119,11 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
     """What makes `pipeline_health` red. A run that measures is judged by what it measured; one of
     the checks alone measures by itself.
     """
-    promises = {**_PROMISES, **(_OF_OUTBOX if "reporting" in settings.parts else {})}
+    promises = {**_PROMISES, **(_OF_REPORTING if "reporting" in settings.parts else {})}
 
     @dg.multi_asset_check(
-        name=check_op(_HEALTH),
-        specs=check_specs(asset_key(settings, _HEALTH), promises),
+        name=check_op(HEALTH),
+        specs=check_specs(asset_key(settings, HEALTH), promises),
         can_subset=True,
         pool="postgres",
     )

@@ -13,6 +13,7 @@ from typing import Any
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import (
     COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES,
+    AssetCheckExecutionRecord,
 )
 from pydantic import Field
 
@@ -58,6 +59,17 @@ def check_name(what: str) -> str:
 def severity(what: str) -> dg.AssetCheckSeverity:
     """An orphan may be wanted: whoever deleted its source decides. All else is an error."""
     return dg.AssetCheckSeverity.WARN if what == "orphaned" else dg.AssetCheckSeverity.ERROR
+
+
+def evaluations(
+    instance: dg.DagsterInstance, key: dg.AssetCheckKey, limit: int = 1
+) -> Iterator[tuple[AssetCheckExecutionRecord, dg.AssetCheckEvaluation]]:
+    """The last results of a check, the newest first. One that is only planned is none."""
+    for record in instance.event_log_storage.get_asset_check_execution_history(
+        key, limit=limit, status=COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES
+    ):
+        if record.evaluation is not None:
+            yield record, record.evaluation
 
 
 def check_op(table: str) -> str:
@@ -187,13 +199,10 @@ def _told(days: Sequence[date]) -> str:
 
 
 def _wrong_before(context: dg.AssetCheckExecutionContext) -> Iterator[date]:
-    """What the last evaluations found wrong. The newest record is the run's own, without result."""
-    storage = context.op_execution_context.instance.event_log_storage
+    """What the last evaluations found wrong."""
     for key in context.selected_asset_check_keys:
-        for record in storage.get_asset_check_execution_history(
-            key, limit=1, status=COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES
-        ):
-            table = record.evaluation.metadata.get("days") if record.evaluation else None
+        for _, evaluation in evaluations(context.op_execution_context.instance, key):
+            table = evaluation.metadata.get("days")
             if isinstance(table, dg.TableMetadataValue):
                 for row in table.records:
                     yield date.fromisoformat(str(row.data["day"]))

@@ -7,6 +7,7 @@ https://docs.dagster.io/guides/automate/schedules.
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import dagster as dg
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.orchestration.damage import no_damage
 from everruns_pipelines.orchestration.ticks import (
     TICK_SECONDS,
     UNFINISHED,
@@ -121,8 +123,10 @@ class _Healing:
         except (AttributeError, TypeError, ValueError):
             return cls()
 
-    def skipped(self, reason: str) -> dg.SensorResult:
-        return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(self)))
+    def skipped(self, reason: str, news: Sequence[dg.AssetCheckEvaluation] = ()) -> dg.SensorResult:
+        return dg.SensorResult(
+            skip_reason=reason, cursor=json.dumps(asdict(self)), asset_events=news
+        )
 
     def launched(self) -> dg.SensorResult:
         limit = {"limit": _HEALED_AT_ONCE}
@@ -179,7 +183,8 @@ def reporting_healing_sensor(
     if not wanting:
         return memory.skipped(
             f"Nothing is missing or stale, as a look of {seconds:.2f} s has found; "
-            f"the next is at {clock(memory.next_look)}"
+            f"the next is at {clock(memory.next_look)}",
+            news=list(no_damage(context.instance, everruns_postgres.settings)),
         )
     counts = ", ".join(
         f"{missing.sources} of {source_type}" for source_type, missing in found.items()

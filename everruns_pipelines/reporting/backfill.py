@@ -6,11 +6,11 @@ taken for granted. See docs/backfill.md for why that is cheap.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
-from typing import LiteralString, cast
+from typing import cast
 
 from everruns_pipelines.databases.postgres import (
     Connection,
@@ -23,6 +23,7 @@ from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.catalog import SOURCES, Source
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.missing import find_missing
+from everruns_pipelines.reporting.reconcile import GRACE
 
 # Held by the platform's own backfill and repair for as long as they run.
 GLOBAL_LOCK = 0x6576_6572_7270_7471
@@ -50,12 +51,40 @@ class BackfillRequest:
     source_types: Sequence[str] | None = None
     dry_run: bool = False
 
+    @property
+    def is_of_everything(self) -> bool:
+        """Whether it looks at all sources of all organizations."""
+        return self.org_id is None and self.source_types is None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Sources of one type that lack a fact or have a stale one, and do not wait in the outbox.
+
+    Args:
+        sources: how many.
+        damaged: of these, how many had their facts once, or should have had them for long. The
+            others have changed just now, and nobody has enqueued them.
+        oldest: since when the oldest has been so, at most: when it happened or last changed. None
+            if there are none.
+        days: the UTC days on which they happened: those of the facts that they lack.
+    """
+
+    sources: int = 0
+    damaged: int = 0
+    oldest: datetime | None = None
+    days: Sequence[date] = ()
+
+
+Found = Mapping[str, Missing]
+
 
 def enqueue(
     connection: Connection,
     request: BackfillRequest,
     *,
     lock_wait_seconds: float = LOCK_WAIT_SECONDS,
+    tell: Callable[[Found], None] = lambda _: None,
 ) -> dict[str, int]:
     """Enqueue what is missing or stale, the oldest sources first.
 
@@ -64,6 +93,7 @@ def enqueue(
 
     Args:
         lock_wait_seconds: how long a backfill of all organizations waits for another one.
+        tell: is told what was found, before it is enqueued.
 
     Returns:
         Rows enqueued: `enqueued` in all, and `events`, `llm_generations`, `sessions`,
@@ -78,31 +108,16 @@ def enqueue(
     sources = [source for source in SOURCES if wanted is None or source.type in wanted]
     enqueued: Counter[str] = Counter()
     while (open_limit := request.limit - enqueued.total()) > 0:
-        chosen, written = tried_again(
+        found, written = tried_again(
             partial(_enqueue_once, connection, request, sources, open_limit, lock_wait_seconds)
         )
+        tell(found)
         enqueued += written
-        if written == chosen:
+        if written.total() == sum(missing.sources for missing in found.values()):
             break
         # Others have enqueued some of these first. Look again: there may be more.
     counts = {source.counted_as: enqueued[source.type] for source in SOURCES}
     return {"enqueued": enqueued.total(), **counts}
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Sources of one type that lack a fact or have a stale one, and do not wait in the outbox.
-
-    Args:
-        sources: how many.
-        oldest: since when the oldest has been so, at most: when it happened or last changed. None
-            if there are none.
-        days: the UTC days on which they happened: those of the facts that they lack.
-    """
-
-    sources: int = 0
-    oldest: datetime | None = None
-    days: Sequence[date] = ()
 
 
 def look(
@@ -114,11 +129,7 @@ def look(
     """
     with transaction(connection, work_mem=_WORK_MEM, one_snapshot=True):
         find_missing(connection, sources, org_id)
-        _choose(connection, None)
-        found = connection.execute(_SQL["look"]).fetchall()
-    return {source.type: Missing() for source in SOURCES} | {
-        source_type: Missing(sources, oldest, days) for source_type, sources, oldest, days in found
-    }
+        return _choose(connection, None)
 
 
 def _enqueue_once(
@@ -127,8 +138,8 @@ def _enqueue_once(
     sources: Sequence[Source],
     limit: int,
     lock_wait_seconds: float,
-) -> tuple[Counter[str], Counter[str]]:
-    """Choose what is missing, and enqueue it; how many of each type.
+) -> tuple[Found, Counter[str]]:
+    """Choose what is missing, and enqueue it; what was chosen, and how many of each type are.
 
     Nobody is kept out while we search. What others have enqueued since, the platform's own backfill
     or another one of ours, is known by its outbox row: it is another one than our snapshot shows.
@@ -137,7 +148,7 @@ def _enqueue_once(
         find_missing(connection, sources, request.org_id, keep_digests=not request.dry_run)
         chosen = _choose(connection, limit)
     if request.dry_run:
-        return chosen, chosen
+        return chosen, Counter({type_: missing.sources for type_, missing in chosen.items()})
     with transaction(connection):
         if request.org_id is None:
             # Keeps the platform's own backfills out.
@@ -187,15 +198,14 @@ def _refused(field: str, expected: str, value: object) -> Refusal:
     )
 
 
-def _choose(connection: Connection, limit: int | None) -> Counter[str]:
+def _choose(connection: Connection, limit: int | None) -> dict[str, Missing]:
     connection.execute("DROP TABLE IF EXISTS pg_temp.chosen")
     connection.execute(_SQL["choose"], {"limit": limit})
-    return _counts(connection, "SELECT source_type, count(*) FROM pg_temp.chosen GROUP BY 1")
+    chosen = connection.execute(_SQL["look"], {"grace": GRACE}).fetchall()
+    return {source.type: Missing() for source in SOURCES} | {
+        source_type: Missing(*found) for source_type, *found in chosen
+    }
 
 
 def _write(connection: Connection) -> Counter[str]:
-    return _counts(connection, _SQL["enqueue"])
-
-
-def _counts(connection: Connection, query: LiteralString) -> Counter[str]:
-    return Counter(dict(connection.execute(query).fetchall()))
+    return Counter(dict(connection.execute(_SQL["enqueue"]).fetchall()))

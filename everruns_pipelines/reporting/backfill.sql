@@ -92,10 +92,41 @@ ORDER BY at, source_type, source_id
 -- name: look
 -- How many sources of each type were chosen, and since when the oldest is as it is: since its last
 -- change, as far as is known; and the days on which they happened. In times that Python's calendar
--- has.
+-- has. And how many of them are damaged: their facts were there, or should be for long, so that
+-- something else has happened to them than that a source changed and nobody has enqueued it yet.
 SELECT
     source_type,
     count(*),
+    count(*) FILTER (
+        WHERE CASE
+            WHEN source_type = 'session' THEN
+                -- Else it lacks capabilities: its agent may have gained them just now.
+                NOT EXISTS (
+                    SELECT FROM fact_session AS fact
+                    WHERE fact.org_id = chosen.org_id
+                        AND fact.source_key = 'session:' || chosen.source_id
+                        AND fact.last_active_at = chosen.since
+                )
+                AND (
+                    since < now() - %(grace)s::interval
+                    OR outbox_id IS NOT NULL AND NOT EXISTS (
+                        SELECT FROM fact_session AS fact
+                        WHERE fact.org_id = chosen.org_id
+                            AND fact.source_key = 'session:' || chosen.source_id
+                    )
+                )
+            ELSE
+                (since < now() - %(grace)s::interval OR outbox_id IS NOT NULL)
+                -- The late usage of a generation is enqueued as another version of it.
+                AND (source_type <> 'llm_generation' OR NOT EXISTS (
+                    SELECT FROM reporting_outbox AS outbox
+                    WHERE outbox.org_id = chosen.org_id
+                        AND outbox.source_type = chosen.source_type
+                        AND outbox.source_id = chosen.source_id
+                        AND outbox.status <> 'completed'
+                ))
+        END
+    ),
     greatest('0001-01-02Z', least('9999-12-30Z', min(since))),
     coalesce(
         array_agg(DISTINCT (at AT TIME ZONE 'UTC')::date)

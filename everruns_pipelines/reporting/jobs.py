@@ -6,7 +6,7 @@ with none of a project that takes our definitions in.
 See https://docs.dagster.io/guides/build/jobs.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from threading import Event
 from time import monotonic
@@ -20,11 +20,14 @@ from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.asset_keys import asset_key
 from everruns_pipelines.orchestration.checks import check_job
 from everruns_pipelines.orchestration.code_server import told_when_replaced
+from everruns_pipelines.orchestration.damage import damage, no_damage
 from everruns_pipelines.orchestration.failures import told_plainly
 from everruns_pipelines.orchestration.partitions import day_partitions
 from everruns_pipelines.reporting.catalog import FACTS
+from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
+    from everruns_pipelines.reporting.backfill import BackfillRequest, Found
     from everruns_pipelines.reporting.drain import Drained
 
 # So that telling the progress costs little, however much is due.
@@ -78,7 +81,7 @@ def enqueue_op(
     context: dg.OpExecutionContext,
     config: EnqueueConfig,
     everruns_postgres: dg.ResourceParam[PostgresDatabase],
-) -> Iterator[dg.Output[dict[str, int]] | dg.Output[None]]:
+) -> Iterator[dg.Output[dict[str, int]] | dg.AssetCheckEvaluation | dg.Output[None]]:
     """Enqueue sources whose facts are missing or stale, up to the limit. Source types take turns,
     so that none waits for another; of each the oldest go first.
     """
@@ -88,20 +91,38 @@ def enqueue_op(
     from everruns_pipelines.reporting.drain import check
 
     request = BackfillRequest(config.limit, config.org_id, config.source_types, config.dry_run)
+    found: list[Found] = []
     with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
         check_platform(connection)
         check_request(connection, request)
         check(connection, **_config_of_project(context))
         prepare(connection)
         context.log.info("Looking for sources whose facts are missing or stale")
-        counts = enqueue(connection, request)
+        counts = enqueue(connection, request, tell=found.append)
     by_type = ", ".join(f"{rows} {name}" for name, rows in counts.items() if name != "enqueued")
     context.log.info(
         f"{counts['enqueued']} {'would be' if config.dry_run else 'are'} enqueued: {by_type}"
     )
     yield dg.Output(counts, "result", metadata=dict(counts))
     if not config.dry_run:
+        yield from _judgement(context, everruns_postgres.settings, request, found)
         yield dg.Output(None, "drain")
+
+
+def _judgement(
+    context: dg.OpExecutionContext,
+    settings: Settings,
+    request: "BackfillRequest",
+    found: "Sequence[Found]",
+) -> Iterator[dg.AssetCheckEvaluation]:
+    """What `pipeline_health` says of this run: what it heals, or that nothing is damaged."""
+    missing = [one for by_type in found for one in by_type.values()]
+    damaged = sum(one.damaged for one in missing)
+    if damaged:
+        oldest = min(one.oldest for one in missing if one.damaged and one.oldest)
+        yield damage(settings, damaged, oldest, context.run_id)
+    elif request.is_of_everything and sum(one.sources for one in missing) < request.limit:
+        yield from no_damage(context.instance, settings)
 
 
 @dg.op(

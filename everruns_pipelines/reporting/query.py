@@ -8,12 +8,6 @@ from psycopg import sql
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
-# Sources of the selection, part by part.
-STAGED = sql.SQL(
-    "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
-    " AND selection.org_id = {org_id}"
-    " AND selection.part BETWEEN %(first)s AND %(last)s"
-)
 # What happened on a day from `first` to `last`. A join without columns, so that the condition can
 # stand where joins do.
 BETWEEN = sql.SQL(
@@ -137,8 +131,13 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     )
 
 
+def staged_rows(fact: Fact, projection: Projection) -> sql.Composed:
+    """The same of what stands in the selection from number `first` to `last`."""
+    return made_rows(fact, projection, looked_up_rows(projection.source, projection.event_types))
+
+
 def made_rows(fact: Fact, projection: Projection, selected: sql.Composable) -> sql.Composed:
-    """The same, of source rows of the event types that the projection reads."""
+    """The same of source rows of the event types that the projection reads."""
     agent_id, harness_id = (
         _value(column, projection)
         for column in fact.columns

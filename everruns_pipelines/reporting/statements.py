@@ -9,7 +9,7 @@ from typing import TypeAlias
 from psycopg import sql
 
 from everruns_pipelines.reporting.catalog import Fact, Projection
-from everruns_pipelines.reporting.query import looked_up_rows, made_rows, of_types
+from everruns_pipelines.reporting.query import looked_up_rows, made_rows, of_types, staged_rows
 from everruns_pipelines.reporting.selection import Facts
 
 # All of one source.
@@ -52,9 +52,7 @@ def trying(fact: Fact, projection: Projection) -> tuple[sql.Composed, sql.Compos
     """
     columns = [sql.Identifier(column.name) for column in fact.columns]
     make = sql.SQL(_TRIED).format(
-        projected=made_rows(
-            fact, projection, looked_up_rows(projection.source, projection.event_types)
-        ),
+        projected=staged_rows(fact, projection),
         unstorable=_unstorable(fact),
     )
     try_singly = sql.SQL(_TRY_SINGLY).format(

@@ -11,11 +11,15 @@ import pytest
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from everruns_pipelines.commands import main
-from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting.automation import reporting_healing_sensor
+from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.receiver import Receiver
+from everruns_pipelines_tests.reporting.world import drain_all
 
 SECRET = "hunter2"
 AWAY = f"postgresql://nobody:{SECRET}@127.0.0.1:1/nowhere"
@@ -184,6 +188,52 @@ def test_a_failed_check_is_told_with_what_repairs_it(
     watch.tick()
     [over] = receiver.news()
     assert over["type"] == "success"
+
+
+def test_damage_that_heals_between_two_measurements_is_told_with_what_heals_it(
+    watch: Watch,
+    receiver: Receiver,
+    instance: DagsterInstance,
+    postgres: PostgresDatabase,
+    connection: Connection,
+) -> None:
+    def look() -> dg.SensorResult:
+        with dg.build_sensor_context(
+            instance=instance, resources={"everruns_postgres": postgres}
+        ) as context:
+            result = cast("dg.SensorResult", reporting_healing_sensor(context))
+        for event in result.asset_events or []:  # as Dagster's daemon does
+            instance.report_runless_asset_event(event)
+        return result
+
+    def heal() -> str:
+        [request] = look().run_requests or []
+        job = watch.definitions.resolve_job_def("backfill_reporting")
+        result = job.execute_in_process(run_config=request.run_config, instance=instance)
+        assert look().skip_reason is not None, "everything is healed"
+        return result.run_id
+
+    load_sample_data(connection, events=60, enqueued_share=0)
+    enqueue(connection, BackfillRequest(limit=10_000))
+    drain_all(connection)
+    connection.execute("UPDATE sessions SET title = 'x'")
+    heal()
+    watch.tick()
+    assert receiver.news() == [], "sessions change, and nobody enqueues them: that is usual"
+
+    connection.execute("DELETE FROM fact_turn WHERE ctid IN (SELECT ctid FROM fact_turn LIMIT 3)")
+    run_id = heal()
+    watch.tick()
+    [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: pipeline_health: no_damaged_rows failed"
+    assert "3 sources had lost facts" in told["message"]
+    assert told["message"].count(f"un {run_id} ") == 2
+    assert f"{UI}/assets/pipeline_health?view=checks" in told["message"]
+    watch.tick()
+    [over] = receiver.news()
+    assert over["title"] == "everruns_pipelines: over: pipeline_health: no_damaged_rows failed"
+    watch.tick()
+    assert receiver.news() == []
 
 
 def test_a_database_is_told_once_it_has_been_away_for_ten_minutes(

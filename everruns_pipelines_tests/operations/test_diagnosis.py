@@ -192,6 +192,7 @@ def test_health_is_red_while_a_fact_of_any_age_is_missing(
         "no_missing_rows": True,
         "no_stale_rows": True,
         "no_orphaned_rows": True,
+        "no_damaged_rows": True,
         "no_parked_rows": True,
         "no_late_rows": True,
     }
@@ -205,7 +206,13 @@ def test_health_is_red_while_a_fact_of_any_age_is_missing(
     )
     judged = _judged(settings, instance)
     red = {name for name, passed in judged.items() if not passed}
-    assert red == {"no_missing_rows", "no_stale_rows", "no_parked_rows", "no_late_rows"}
+    assert red == {
+        "no_missing_rows",
+        "no_stale_rows",
+        "no_damaged_rows",
+        "no_parked_rows",
+        "no_late_rows",
+    }
 
 
 def _judged(settings: Settings, instance: DagsterInstance) -> dict[str, bool]:

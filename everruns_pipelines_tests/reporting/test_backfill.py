@@ -39,8 +39,11 @@ from everruns_pipelines_tests.reporting.recompute import (
     expected_facts,
 )
 from everruns_pipelines_tests.reporting.world import (
+    NOON,
     TIMES_BEYOND_PYTHON,
     World,
+    drain_all,
+    enqueue_all,
     wait_until,
     waiting,
 )
@@ -479,6 +482,39 @@ def test_a_look_counts_all_that_is_missing_and_tells_since_when(world: Connectio
     assert _outbox(world) == []
     _backfill(world, limit=1, source_types=["event"])
     assert look(world)["event"].sources == len(turns) - 1
+
+
+def test_a_look_tells_damage_from_sources_that_have_only_just_changed(
+    connection: Connection,
+) -> None:
+    world, now = World(connection), datetime.now(UTC)
+    ensure_schema(connection)
+    org = world.org()
+    agent = world.agent(org)
+    session, another = world.session(org, agent_id=agent), world.session(org)
+    event = world.event(session, ts=now)
+    generation = world.generation(org)
+    enqueue_all(connection)
+    drain_all(connection)
+
+    def damaged() -> dict[str, int]:
+        return {kind: one.damaged for kind, one in look(connection).items() if one.sources}
+
+    assert damaged() == {}
+    world.event(session, ts=now)
+    connection.execute("UPDATE sessions SET title = 'x' WHERE id = %s", [another])
+    connection.execute(
+        "INSERT INTO agent_capabilities (agent_id, capability_id) VALUES (%s, 'new')", [agent]
+    )
+    connection.execute("UPDATE llm_generations SET input_tokens = input_tokens + 1")
+    late = world.enqueue(org, "llm_generation", generation, f"{generation}:late_usage")
+    assert damaged() == {"event": 0, "session": 0, "llm_generation": 0}
+
+    connection.execute("UPDATE reporting_outbox SET status = 'completed' WHERE id = %s", [late])
+    connection.execute("DELETE FROM fact_tool_call WHERE source_key = %s", [f"event:{event}"])
+    connection.execute("DELETE FROM fact_session WHERE session_id = %s", [session])
+    world.event(another, ts=NOON)
+    assert damaged() == {"event": 2, "session": 1, "llm_generation": 1}
 
 
 @pytest.mark.parametrize("time", TIMES_BEYOND_PYTHON)
