@@ -9,11 +9,11 @@ import pytest
 
 from everruns_pipelines_tests.deployment import ROOT
 
-# They run jobs in this process and over the command line, of both parts, and load the definitions.
+# They run jobs in this process, over the command line, and load the definitions.
 _SOME = (
     "commands/test_main.py::test_project_prints_its_counts",
-    "items/test_dagster.py::test_the_job_returns_the_counts_and_tells_them_as_metadata",
-    "test_definitions.py::test_the_public_surface_is_the_recorded_one",
+    "test_parts.py::test_every_command_works_or_is_refused_in_one_line",
+    "test_definitions.py",
 )
 
 
