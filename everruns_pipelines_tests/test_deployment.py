@@ -25,6 +25,8 @@ from everruns_pipelines_tests.deployment import (
 )
 from everruns_pipelines_tests.items.world import PROJECT, SESSION, Span, World, envelope
 
+pytestmark = pytest.mark.deploy
+
 COUNTS = ["enqueued", "events", "llm_generations", "sessions", "usage_ledger"]
 
 
@@ -114,7 +116,6 @@ def test_rebuild_over_http_prints_what_it_processed(
     assert json.loads(capsys.readouterr().out) == {"processed": 1}
 
 
-@pytest.mark.deploy
 def test_waiting_survives_a_restart_of_the_webserver(live: LiveDeployment) -> None:
     deployment = Deployment(live.url)
     run = deployment.launch("backfill_reporting", {"enqueue": {"limit": 10}})
@@ -130,7 +131,6 @@ def test_waiting_survives_a_restart_of_the_webserver(live: LiveDeployment) -> No
     assert told[0] == f"Waiting: {live.url} does not answer (ConnectionError)"
 
 
-@pytest.mark.deploy
 def test_the_documented_commands_work(live: LiveDeployment, tmp_path: Path) -> None:
     live.wait_for_webserver()
     told = run_commands("graphql.md", live, tmp_path)
@@ -138,7 +138,6 @@ def test_the_documented_commands_work(live: LiveDeployment, tmp_path: Path) -> N
     assert '"label":"enqueued","intValue":5}' in told
 
 
-@pytest.mark.deploy
 def test_the_platforms_own_call_is_answered_by_a_run(live: LiveDeployment) -> None:
     live.wait_for_webserver()
     token, line = make_token(Grant("caller", frozenset({"reports:admin"})))
