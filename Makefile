@@ -31,11 +31,15 @@ $(KUBERNETES)/.installed: $(INSTALLED) deploy/kubernetes/tools.lock
 demo: install ## the main job end to end on embedded databases, with sample data
 	$(BIN)/everruns-pipelines demo
 
+# Tests start many processes: what one of them has compiled, the others need not compile again.
+test test-deploy: export PYTHONDONTWRITEBYTECODE :=
+
+# Three at once on two processors: while some wait, for a lock or a process, others work.
 test: install ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not deploy and not image'
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not deploy and not image'
 
 test-deploy: install $(KUBERNETES)/.installed ## the tests that need Debian's packages or other engines
-	$(BIN)/pytest -n 2 --dist loadfile -m deploy -rs
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m deploy -rs
 
 image-test: install ## build the image with buildah, and run doctor, a backfill and serve from it
 	$(BIN)/pytest -m image

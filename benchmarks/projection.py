@@ -156,6 +156,8 @@ def speed(home: Path) -> Generator[Row]:
         bare,
         "at most 2.5 x",
     )
+    # Two at once: where two processors share a core, each takes longer for the same work.
+    yield row("the same, against two bare inserts: processor time", "processor", bare_twice, "")
     yield row("two projectors, against one bare insert: wall", "wall", bare, "at most 1.4 x")
     yield row("two projectors, against two bare inserts: wall", "wall", bare_twice, "at most 1.8 x")
     yield (

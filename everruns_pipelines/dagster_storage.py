@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
-from sqlalchemy import URL
+from sqlalchemy import URL, event
+from sqlalchemy.exc import DisconnectionError
 
 from everruns_pipelines.settings import Settings
 
@@ -54,6 +55,7 @@ class EverrunsDagsterStorage(DagsterPostgresStorage):
             of = getattr(storage, part)
             for name in names:
                 setattr(of, name, _once(getattr(of, name)))
+            of.optimize_for_webserver = _tried_before_use(of)
         return storage
 
 
@@ -67,6 +69,27 @@ def _once(ask: Callable[..., bool]) -> Callable[..., bool]:
         return answers[0]
 
     return answer
+
+
+def _tried_before_use(storage: Any) -> Callable[..., None]:
+    """Its way to keep connections, as web servers do: one that has died meanwhile, as at a restart
+    of PostgreSQL, is replaced before a request gets it.
+    """
+    optimize = storage.optimize_for_webserver
+
+    def optimize_and_try(**bounds: int) -> None:
+        optimize(**bounds)
+        event.listen(storage._engine, "checkout", _try)  # noqa: SLF001
+
+    return optimize_and_try
+
+
+def _try(connection: Any, *_: object) -> None:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT")
+    except connection.Error:
+        raise DisconnectionError from None
 
 
 def storage_url(settings: Settings) -> str:

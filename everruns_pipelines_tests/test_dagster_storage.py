@@ -1,7 +1,10 @@
-"""Dagster's storage asks the database once which columns it has, not at each look."""
+"""Dagster's storage asks the database once which columns it has, and gives no request a connection
+that has died.
+"""
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from dagster import DagsterInstance, DagsterRun
 from sqlalchemy import event
@@ -48,3 +51,23 @@ def test_only_the_first_look_reads_the_system_catalog(
     look()
     assert [one for one in statements if "pg_catalog" in one] == []
     assert any("FROM runs" in one for one in statements)
+
+
+def test_a_web_server_goes_on_when_the_connections_that_it_kept_have_died(
+    stored: DagsterInstance, postgres_url: str
+) -> None:
+    stored.optimize_for_webserver(statement_timeout=15_000, pool_recycle=3600, max_overflow=20)
+
+    def look() -> None:
+        assert stored.get_runs() == []
+        assert stored.all_asset_keys() == []
+        assert stored.all_instigator_state() == []
+
+    look()
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        ended = admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        ).fetchall()
+    assert len(ended) >= 3
+    look()

@@ -25,6 +25,8 @@ from everruns_pipelines_tests.deployment import (
 )
 from everruns_pipelines_tests.items.world import PROJECT, SESSION, Span, World, envelope
 
+pytestmark = pytest.mark.deploy
+
 COUNTS = ["enqueued", "events", "llm_generations", "sessions", "usage_ledger"]
 
 

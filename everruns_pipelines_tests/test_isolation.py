@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from everruns_pipelines_tests.deployment import ROOT
 
 # They run jobs in this process, over the command line, and load the definitions.
@@ -15,6 +17,7 @@ _SOME = (
 )
 
 
+@pytest.mark.deploy
 def test_the_users_instance_home_and_databases_are_not_touched(tmp_path: Path) -> None:
     theirs = {name: tmp_path / name for name in ("DAGSTER_HOME", "EVERRUNS_HOME", "HOME")}
     for directory in theirs.values():

@@ -14,7 +14,13 @@ from threading import Event
 import psycopg
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
-from everruns_pipelines.reporting.catalog import EVENT, LLM_GENERATION, SESSION, USAGE_LEDGER
+from everruns_pipelines.reporting.catalog import (
+    EVENT,
+    LLM_GENERATION,
+    SESSION,
+    USAGE_LEDGER,
+    Source,
+)
 from everruns_pipelines.reporting.deaths import Deaths
 from everruns_pipelines.reporting.outbox import Outbox, Taken
 from everruns_pipelines.reporting.projector import (
@@ -25,8 +31,7 @@ from everruns_pipelines.reporting.projector import (
     try_lock_sessions,
 )
 
-# Sessions come last: until the transaction has ended, nobody else projects any.
-_ORDER = (EVENT, LLM_GENERATION, USAGE_LEDGER, SESSION)
+_BEFORE_SESSIONS = (EVENT, LLM_GENERATION, USAGE_LEDGER)
 
 _SECONDS = 0.2  # that a batch should take
 _LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
@@ -96,7 +101,8 @@ class Batches:
         self._pace = pace
         self._stop = stop
         self._awaits_sessions = False
-        self._number = 0
+        self._rows = 0
+        self._rows_when_planned = 0
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
         """Project up to `size` rows that were due at the cutoff; None if there are none.
@@ -117,12 +123,15 @@ class Batches:
                 continue
             if drained is not None:
                 self._pace.follow(drained.claimed, time.monotonic() - started)
-            self._number += 1
-            if self._number.bit_count() == 1:
-                # A plan for a table holds until the table is twice as large: by then, at the
-                # latest, there have been twice as many batches.
-                self._connection.execute("DISCARD PLANS")
+                self._renew_plans(drained.claimed)
             return drained
+
+    def _renew_plans(self, rows: int) -> None:
+        """Plan anew when tables are a few times as large: they grow with what is projected."""
+        self._rows += rows
+        if self._rows > 4 * self._rows_when_planned:
+            self._rows_when_planned = self._rows
+            self._connection.execute("DISCARD PLANS")
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
         deaths = self._deaths
@@ -145,7 +154,8 @@ class Batches:
         connection = self._connection
         with transaction(connection):
             if self._awaits_sessions:
-                # Before any row is taken: so nobody waits for a row while we wait for a projector.
+                # Nothing else is due. Before any row is taken: so nobody waits for a row while we
+                # wait for a projector.
                 lock_sessions(connection)
             connection.execute(_SHORT_WAIT)
             taken = take()
@@ -156,14 +166,22 @@ class Batches:
 
     def _project_batch(self, taken: Taken) -> Drained:
         drained = Drained(taken.rows)
+        for source in _BEFORE_SESSIONS:
+            self._project_source(source, taken, drained)
+        self._finish(taken.rows - taken.sessions, drained, of_sessions=False)
+        # Sessions come last: until the transaction has ended, nobody else projects any.
         self._awaits_sessions = False
-        for source in _ORDER:
-            of_source = [part for part in taken.parts if part.source_type == source.type]
-            if source is SESSION and of_source and not try_lock_sessions(self._connection):
-                drained.claimed -= self._outbox.leave_sessions()
-                self._awaits_sessions = True
-                break
-            for part in of_source:
+        if taken.sessions and try_lock_sessions(self._connection):
+            self._project_source(SESSION, taken, drained)
+            self._finish(taken.sessions, drained, of_sessions=True)
+        elif taken.sessions:
+            drained.claimed -= self._outbox.leave_sessions()
+            self._awaits_sessions = drained.claimed == 0
+        return drained
+
+    def _project_source(self, source: Source, taken: Taken, drained: Drained) -> None:
+        for part in taken.parts:
+            if part.source_type == source.type:
                 outcome = project_selection(
                     self._connection,
                     projections_of(source),
@@ -172,8 +190,9 @@ class Batches:
                     facts=part.facts,
                 )
                 drained.outcome.add(Outcome(outcome.counts))
-        finished = self._outbox.finish()
-        drained.completed = finished.completed
-        drained.failed = finished.failed
-        drained.parked = finished.parked
-        return drained
+
+    def _finish(self, rows: int, drained: Drained, *, of_sessions: bool) -> None:
+        finished = self._outbox.finish(rows, of_sessions=of_sessions)
+        drained.completed += finished.completed
+        drained.failed += finished.failed
+        drained.parked += finished.parked

@@ -72,6 +72,7 @@ class Projection:
         provides: dimensions that it does not leave to the session.
         rejects: it has the column `rejected`.
         reports: it has the column `reported`.
+        aggregates: it reads many rows for one that it makes: it is not read twice.
         supersedes: for a projection of sessions: which of the fact's rows a session had, by the
             `org_id` and `source_id` of `source`: rows that it no longer has are removed.
         key: the `source_key` of its row, over `source`: given if it makes at most one of a source,
@@ -86,6 +87,7 @@ class Projection:
     provides: tuple[str, ...] = ()
     rejects: bool = False
     reports: bool = False
+    aggregates: bool = False
     supersedes: LiteralString | None = None
     key: LiteralString | None = None
     only: LiteralString = "true"
@@ -273,6 +275,7 @@ FACTS = (
                 EVENT,
                 ("turn.completed", "turn.failed", "turn.cancelled"),
                 reports=True,
+                aggregates=True,
                 key="'event:' || source.id",
             ),
         ),

@@ -19,8 +19,7 @@ from psycopg.pq import TransactionStatus
 
 from everruns_pipelines.databases.postgres import Connection, transaction
 from everruns_pipelines.databases.sql_files import read_statements
-from everruns_pipelines.reporting.catalog import SOURCES
-from everruns_pipelines.reporting.outbox import Taken
+from everruns_pipelines.reporting.outbox import Taken, take
 
 # Of projectors that were working on one row, and on nothing else, until it is parked.
 MOST_DEATHS = 3
@@ -96,19 +95,15 @@ class Deaths:
 
     def take_part(self, size: int, cutoff: datetime, org_id: int | None) -> Taken:
         """Take up to `size` rows of the part; see `Outbox.take`."""
-        types = [source.type for source in SOURCES]
-        taken = Taken()
-        taken.add(
-            self._execute(
-                "take_part",
-                part=self.part,
-                size=size,
-                cutoff=cutoff,
-                org_id=org_id,
-                source_types=types,
-            )
+        return take(
+            self.connection,
+            _SQL["due_of_part"],
+            taken=0,
+            part=self.part,
+            size=size,
+            cutoff=cutoff,
+            org_id=org_id,
         )
-        return taken
 
     def acquit(self) -> None:
         """The rows of the batch did no harm, if only this transaction is committed."""

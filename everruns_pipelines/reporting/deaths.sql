@@ -82,41 +82,26 @@ WHERE outbox.status IN ('pending', 'failed')
 ORDER BY suspect.deaths, suspect.part
 LIMIT 1
 
--- name: take_part
--- As rows that failed are taken: see `take` in outbox.sql.
-WITH taken AS (
-    SELECT
-        *,
-        CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
-        row_number() OVER () + 1000000 * array_position(%(source_types)s, source_type) AS part
-    FROM (
-        SELECT ctid AS place, id, org_id, source_type, source_id
-        FROM reporting_outbox
-        WHERE id IN (
-                SELECT outbox_id FROM everruns_pipelines.outbox_suspects WHERE part = %(part)s
-            )
-            AND status IN ('pending', 'failed')
-            AND next_attempt_at <= %(cutoff)s
-            AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
-        LIMIT %(size)s
-        FOR UPDATE SKIP LOCKED
-    ) AS due
-),
-selected AS (
-    INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
-    SELECT
-        CASE WHEN uuid IS NOT NULL THEN part END,
-        source_type,
-        org_id,
-        uuid,
-        place,
-        id,
-        CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
-    FROM taken
-)
-SELECT source_type, false, min(part), max(part), count(*)
-FROM taken
-GROUP BY source_type
+-- name: due_of_part
+-- As rows that have failed are: see `due` in outbox.sql.
+SELECT
+    ctid AS place,
+    id,
+    org_id,
+    source_type,
+    source_id,
+    false AS is_new,
+    true AS is_apart,
+    next_attempt_at
+FROM reporting_outbox
+WHERE id IN (
+        SELECT outbox_id FROM everruns_pipelines.outbox_suspects WHERE part = %(part)s
+    )
+    AND status IN ('pending', 'failed')
+    AND next_attempt_at <= %(cutoff)s
+    AND (%(org_id)s::bigint IS NULL OR org_id = %(org_id)s)
+LIMIT %(size)s
+FOR UPDATE SKIP LOCKED
 
 -- name: acquit
 DELETE FROM everruns_pipelines.outbox_suspects

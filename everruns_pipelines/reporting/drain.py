@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -14,7 +14,7 @@ from everruns_pipelines.errors import FieldError, Refusal
 from everruns_pipelines.reporting.batch import Batches, Drained, Pace
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.deaths import Deaths
-from everruns_pipelines.reporting.outbox import Outbox
+from everruns_pipelines.reporting.outbox import Outbox, Reached
 
 LARGEST_BATCH = 100_000
 LONGEST_LINGER = 3600  # seconds
@@ -210,6 +210,7 @@ class _Work:
     until: float
     budget: _Budget
     stop: Event
+    reached: Reached = field(default_factory=Reached)
 
 
 def _drain_reconnecting(
@@ -239,7 +240,7 @@ def _drain_reconnecting(
 def _drain(connection: Connection, work: _Work, pace: Pace) -> Generator[Drained]:
     with (
         Deaths.watched(connection) as deaths,
-        Outbox.opened(connection, work.max_attempts, work.org_id) as outbox,
+        Outbox.opened(connection, work.max_attempts, work.org_id, work.reached) as outbox,
     ):
         batches = Batches(connection, outbox, deaths, pace, work.stop)
         while True:

@@ -3,23 +3,26 @@
 Its statements stand in `outbox.sql`, each under its name.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from functools import cache
+from typing import Any, LiteralString
 
 from psycopg import sql
 from psycopg.pq import TransactionStatus
+from psycopg.types.json import Json
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
 from everruns_pipelines.errors import FieldError, Refusal
-from everruns_pipelines.reporting.catalog import SOURCES
+from everruns_pipelines.reporting.catalog import SESSION, SOURCES
 from everruns_pipelines.reporting.database import require_org
 from everruns_pipelines.reporting.selection import Facts, Part, make_selection
 
 _PURGE_SIZE = 10_000
+_FORGET_AFTER = 10  # looks at the queue
 
 # A queue has no statistics that hold for longer than a minute, nor has a table that grows. With
 # nothing but nested loops over indexes to choose from, a plan needs none, and can be kept.
@@ -36,20 +39,48 @@ _SQL = read_statements("everruns_pipelines.reporting", "outbox.sql")
 
 @dataclass
 class Taken:
-    """What was taken: so many rows of the outbox, and which parts of the selection they are."""
+    """What was taken: so many rows of the outbox, how many of them of sessions, which parts of the
+    selection they are, and up to when pending ones of which organization were due.
+    """
 
     rows: int = 0
+    sessions: int = 0
     parts: list[Part] = field(default_factory=list[Part])
+    reached: dict[str, str] = field(default_factory=dict[str, str])
 
-    def add(self, found: Iterable[tuple[Any, ...]]) -> None:
-        """Take in what a statement found: source type, is it new, the first and last number of its
-        sources, if any, and how many rows.
-        """
-        for source_type, is_new, first, last, rows in found:
-            self.rows += rows
-            if first is not None:
-                facts = Facts.NEW if is_new else Facts.KNOWN
-                self.parts.append(Part(source_type, facts, first, last))
+    def add(self, other: "Taken") -> None:
+        """Take in what was taken besides."""
+        self.rows += other.rows
+        self.sessions += other.sessions
+        self.parts += other.parts
+        self.reached |= other.reached
+
+
+class Reached:
+    """Up to when the pending rows of each organization have been taken, by all who share this.
+
+    Some that lie before may be due all the same: somebody let go of them. So it is forgotten now
+    and then, and whenever nothing more is found.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[str, str] = {}
+        self._looks = 0
+
+    def at(self) -> dict[str, str]:
+        """By organization, when; for one look at the queue."""
+        self._looks += 1
+        if self._looks % _FORGET_AFTER == 0:
+            self.forget()
+        return dict(self._at)
+
+    def add(self, at: dict[str, str]) -> None:
+        """Take in how far a look has come."""
+        self._at.update(at)
+
+    def forget(self) -> None:
+        """Begin at the beginning again."""
+        self._at = {}
 
 
 @dataclass(frozen=True)
@@ -71,11 +102,16 @@ class Outbox:
     connection: Connection
     max_attempts: int
     org_id: int | None
+    reached: Reached
 
     @classmethod
     @contextmanager
     def opened(
-        cls, connection: Connection, max_attempts: int, org_id: int | None = None
+        cls,
+        connection: Connection,
+        max_attempts: int,
+        org_id: int | None = None,
+        reached: Reached | None = None,
     ) -> Generator["Outbox"]:
         """Ready to take rows of all organizations, or of one.
 
@@ -86,7 +122,7 @@ class Outbox:
         connection.execute(_BY_KEY)
         make_selection(connection)
         try:
-            yield cls(connection, max_attempts, org_id)
+            yield cls(connection, max_attempts, org_id, reached or Reached())
         finally:
             connection.prepare_threshold = prepare_threshold
             if connection.info.transaction_status == TransactionStatus.IDLE:
@@ -107,35 +143,69 @@ class Outbox:
 
         Rows that others hold are passed over.
         """
-        types = [source.type for source in SOURCES]
         taken = Taken()
         while taken.rows < size:
-            found = self._execute(
-                "take",
+            reached = self.reached.at()
+            found = take(
+                self.connection,
+                _SQL["due"],
+                taken=taken.rows,
                 org_id=self.org_id,
                 size=size - taken.rows,
                 cutoff=cutoff,
-                source_types=types,
-                taken=taken.rows,
+                reached=Json(reached),
             )
-            if found.rowcount == 0:
-                break
             taken.add(found)
+            if found.rows:
+                self.reached.add(found.reached)
+            elif reached:
+                self.reached.forget()
+            else:
+                break
         return taken
 
     def leave_sessions(self) -> int:
         """Let go of the rows of sessions; how many there were."""
         return self._execute("leave").rowcount
 
-    def finish(self) -> Finished:
-        """Complete or fail every row that is held."""
-        completed = self._execute("complete").rowcount
-        row = self._execute("fail", max_attempts=self.max_attempts).fetchone()
+    def finish(self, rows: int, *, of_sessions: bool) -> Finished:
+        """Complete or fail what is held of sessions, or all else: so many rows."""
+        completed = self._execute("complete", of_sessions=of_sessions).rowcount
+        if completed == rows:
+            return Finished(completed, 0, 0)
+        row = self._execute(
+            "fail", max_attempts=self.max_attempts, of_sessions=of_sessions
+        ).fetchone()
         assert row is not None
         return Finished(completed, *row)
 
     def _execute(self, name: str, **parameters: Any) -> Any:
         return self.connection.execute(_SQL[name], parameters, prepare=True)
+
+
+def take(connection: Connection, due: LiteralString, **parameters: Any) -> Taken:
+    """Take what `due` finds and locks, a statement with those parameters, into the selection.
+
+    Args:
+        taken: how many rows it holds already.
+    """
+    types = [source.type for source in SOURCES]
+    taken = Taken()
+    for source_type, is_new, first, last, rows, reached in connection.execute(
+        _taking(due), {"source_types": types, **parameters}, prepare=True
+    ):
+        taken.rows += rows
+        taken.sessions += rows if source_type == SESSION.type else 0
+        taken.reached = reached or {}
+        if first is not None:
+            facts = Facts.NEW if is_new else Facts.KNOWN
+            taken.parts.append(Part(source_type, facts, first, last))
+    return taken
+
+
+@cache
+def _taking(due: LiteralString) -> bytes:
+    return sql.SQL(_SQL["take"]).format(due=sql.SQL(due)).as_bytes(None)
 
 
 def check_source_type(source_type: str | None) -> None:

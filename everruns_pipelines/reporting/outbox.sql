@@ -19,13 +19,13 @@ WHERE id = ANY (
     )
 )
 
--- name: take
+-- name: due
 -- Up to `size` rows that were due at the cutoff, in equal shares per organization that has any, the
--- oldest first, into the selection. One whose source id is malformed fails.
+-- oldest first. `is_new`: the source has no facts yet, unless somebody made the day right or deleted
+-- outbox rows; then that is noticed. `is_apart`: it has failed before.
 --
--- What is projected together is numbered together. `is_new`: the source has no facts yet, unless
--- somebody made the day right or deleted outbox rows; then that is noticed. `is_apart`: it has
--- failed before.
+-- `reached`: by organization, up to when its pending rows have been taken. What lies before is mostly
+-- held, or has just been completed: to pass over such a row takes as long as to take one.
 --
 -- ANY is no detour: so the order by org_id is one that only the index on (org_id, status,
 -- next_attempt_at) has. By the other one, a scan for one organization passes over everybody's rows.
@@ -36,13 +36,16 @@ WITH set_aside AS MATERIALIZED (
     SELECT outbox_id FROM everruns_pipelines.outbox_suspects
 ),
 waiting AS MATERIALIZED (
-    SELECT organization.org_id
+    SELECT organization.org_id, reached.at
     FROM organizations AS organization
+    CROSS JOIN LATERAL (
+        SELECT coalesce((%(reached)s::jsonb ->> org_id::text)::timestamptz, '-infinity') AS at
+    ) AS reached
     CROSS JOIN LATERAL (
         (
             SELECT FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
-                AND status = 'pending' AND next_attempt_at <= %(cutoff)s
+                AND status = 'pending' AND next_attempt_at BETWEEN reached.at AND %(cutoff)s
                 AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
@@ -62,12 +65,13 @@ waiting AS MATERIALIZED (
 ),
 share AS MATERIALIZED (
     SELECT ceil(%(size)s::numeric / nullif(count(*), 0))::bigint AS size FROM waiting
-),
-due AS (
+)
+SELECT *
+FROM (
     SELECT
-        oldest.*,
+        due.*,
         row_number() OVER (
-            PARTITION BY oldest.org_id ORDER BY next_attempt_at, created_at
+            PARTITION BY due.org_id ORDER BY next_attempt_at, created_at
         ) AS rank
     FROM waiting
     CROSS JOIN LATERAL (
@@ -84,7 +88,7 @@ due AS (
                 created_at
             FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[waiting.org_id])
-                AND status = 'pending' AND next_attempt_at <= %(cutoff)s
+                AND status = 'pending' AND next_attempt_at BETWEEN waiting.at AND %(cutoff)s
                 AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT (SELECT size FROM share)
@@ -110,9 +114,16 @@ due AS (
             LIMIT (SELECT size FROM share)
             FOR UPDATE SKIP LOCKED
         ) AS failed
-    ) AS oldest
-),
-taken AS (
+    ) AS due
+) AS oldest
+WHERE rank <= (SELECT size FROM share)
+ORDER BY rank, next_attempt_at
+LIMIT %(size)s
+
+-- name: take
+-- Rows that are due, into the selection, and of what kinds they are. One whose source id is malformed
+-- fails. What is projected together is numbered together.
+WITH taken AS (
     SELECT
         *,
         CASE WHEN pg_input_is_valid(source_id, 'uuid') THEN source_id::uuid END AS uuid,
@@ -120,13 +131,7 @@ taken AS (
         %(taken)s + row_number() OVER () + 1000000 * (
             4 * array_position(%(source_types)s, source_type) + 2 * is_new::int + is_apart::int
         ) AS part
-    FROM (
-        SELECT *
-        FROM due
-        WHERE rank <= (SELECT size FROM share)
-        ORDER BY rank, next_attempt_at
-        LIMIT %(size)s
-    ) AS oldest
+    FROM ({due}) AS due
 ),
 selected AS (
     INSERT INTO pg_temp.selection (part, source_type, org_id, source_id, place, outbox_id, error)
@@ -139,9 +144,28 @@ selected AS (
         id,
         CASE WHEN uuid IS NULL AND part IS NOT NULL THEN 'the source id is no UUID' END
     FROM taken
+),
+kinds AS (
+    SELECT
+        org_id,
+        source_type,
+        is_new,
+        is_apart,
+        min(part) AS first,
+        max(part) AS last,
+        count(*) AS size,
+        max(next_attempt_at) AS at
+    FROM taken
+    GROUP BY org_id, source_type, is_new, is_apart
 )
-SELECT source_type, is_new, min(part), max(part), count(*)
-FROM taken
+SELECT
+    source_type,
+    is_new,
+    min(first),
+    max(last),
+    sum(size)::integer,
+    (SELECT jsonb_object_agg(org_id, at ORDER BY at) FROM kinds WHERE NOT is_apart)
+FROM kinds
 GROUP BY source_type, is_new, is_apart
 
 -- name: leave
@@ -157,7 +181,13 @@ SET status = 'completed',
     claimed_at = now(),
     last_error = NULL,
     updated_at = now()
-WHERE ctid = ANY (ARRAY(SELECT place FROM pg_temp.selection WHERE error IS NULL))
+WHERE ctid = ANY (
+    ARRAY(
+        SELECT place
+        FROM pg_temp.selection
+        WHERE error IS NULL AND (source_type = 'session') = %(of_sessions)s
+    )
+)
 
 -- name: fail
 WITH failed AS (
@@ -174,7 +204,13 @@ WITH failed AS (
         last_error = selection.error,
         updated_at = now()
     FROM pg_temp.selection
-    WHERE outbox.ctid = ANY (ARRAY(SELECT place FROM pg_temp.selection WHERE error IS NOT NULL))
+    WHERE outbox.ctid = ANY (
+            ARRAY(
+                SELECT place
+                FROM pg_temp.selection
+                WHERE error IS NOT NULL AND (source_type = 'session') = %(of_sessions)s
+            )
+        )
         AND selection.place = outbox.ctid
     RETURNING outbox.next_attempt_at
 )

@@ -8,12 +8,6 @@ from psycopg import sql
 from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
-# Sources of the selection, part by part.
-STAGED = sql.SQL(
-    "JOIN pg_temp.selection AS selection ON selection.source_id = source.id"
-    " AND selection.org_id = {org_id}"
-    " AND selection.part BETWEEN %(first)s AND %(last)s"
-)
 # What happened on a day from `first` to `last`. A join without columns, so that the condition can
 # stand where joins do.
 BETWEEN = sql.SQL(
@@ -71,34 +65,22 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
 def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
     """The same of the selection, from number `first` to `last`, each once, looked up one by one.
 
-    OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
+    Of a source without `org_id`, the selection says whose a row is: `made_rows` has its session
+    confirm it.
     """
-    text = _OF_A_SESSION if source.org_from_session else _OF_ITS_OWN
-    return sql.SQL(text).format(
-        columns=columns_of(source),
+    columns = columns_of(source)
+    if source.org_from_session:
+        columns = sql.SQL("selection.org_id, {}").format(columns)
+    return sql.SQL(_LOOKED_UP).format(
+        columns=columns,
         rows=rows_of(source),
+        of_org=sql.SQL("" if source.org_from_session else "AND source.org_id = selection.org_id"),
         of_types=of_types("AND source.event_type", event_types),
     )
 
 
-_OF_A_SESSION = """
-SELECT selection.org_id, {columns}
-FROM (
-    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
-    FROM pg_temp.selection
-    WHERE part BETWEEN %(first)s AND %(last)s
-) AS selection
-CROSS JOIN LATERAL (
-    SELECT * FROM {rows} AS source WHERE source.id = selection.source_id {of_types} OFFSET 0
-) AS source
-CROSS JOIN LATERAL (
-    SELECT FROM sessions AS session
-    WHERE session.id = source.session_id AND session.org_id = selection.org_id
-    OFFSET 0
-) AS session
-"""
-
-_OF_ITS_OWN = """
+# OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
+_LOOKED_UP = """
 SELECT {columns}
 FROM (
     SELECT DISTINCT ON (org_id, source_id) org_id, source_id
@@ -107,7 +89,7 @@ FROM (
 ) AS selection
 CROSS JOIN LATERAL (
     SELECT * FROM {rows} AS source
-    WHERE source.id = selection.source_id AND source.org_id = selection.org_id {of_types}
+    WHERE source.id = selection.source_id {of_org} {of_types}
     OFFSET 0
 ) AS source
 """
@@ -137,8 +119,26 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     )
 
 
-def made_rows(fact: Fact, projection: Projection, selected: sql.Composable) -> sql.Composed:
-    """The same, of source rows of the event types that the projection reads."""
+def staged_rows(fact: Fact, projection: Projection) -> sql.Composed:
+    """The same of what stands in the selection from number `first` to `last`."""
+    source = projection.source
+    return made_rows(
+        fact,
+        projection,
+        looked_up_rows(source, projection.event_types),
+        confirmed=not source.org_from_session,
+    )
+
+
+def made_rows(
+    fact: Fact, projection: Projection, selected: sql.Composable, *, confirmed: bool = True
+) -> sql.Composed:
+    """The same of source rows of the event types that the projection reads.
+
+    Args:
+        confirmed: they are known to be of their `org_id`. Else those are left out whose session,
+            which alone says so, is not.
+    """
     agent_id, harness_id = (
         _value(column, projection)
         for column in fact.columns
@@ -149,7 +149,7 @@ def made_rows(fact: Fact, projection: Projection, selected: sql.Composable) -> s
         " all_events AS NOT MATERIALIZED (SELECT * FROM {events} AS event)"
         " SELECT {columns}, {rejected} AS rejected, {reported} AS reported"
         " FROM ({projection}) AS projected"
-        " LEFT JOIN sessions AS session"
+        " {join} sessions AS session"
         " ON session.id = projected.session_id AND session.org_id = projected.org_id"
         " LEFT JOIN agents AS agent"
         " ON agent.id = {agent_id} AND agent.org_id = projected.org_id"
@@ -157,6 +157,7 @@ def made_rows(fact: Fact, projection: Projection, selected: sql.Composable) -> s
         " ON harness.id = {harness_id} AND harness.org_id = projected.org_id"
     ).format(
         selected=selected,
+        join=sql.SQL("LEFT JOIN" if confirmed else "JOIN"),
         events=rows_of(EVENT),
         columns=sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))

@@ -29,10 +29,9 @@ from everruns_pipelines.reporting.projector import (
 from everruns_pipelines.reporting.query import (
     BETWEEN,
     KEY_OF_FACT,
-    STAGED,
-    expected_rows,
     projected_rows,
     selected_rows,
+    staged_rows,
     stands,
 )
 from everruns_pipelines.reporting.selection import Failure, stage
@@ -257,7 +256,7 @@ def compare_day(
         compared = Counter[str]()
         for projection in fact.projections:
             query = sql.SQL(_COMPARE).format(
-                projected=projected_rows(fact, projection, STAGED),
+                projected=staged_rows(fact, projection),
                 fact=sql.Identifier(fact.table),
                 of_fact=_columns(fact, "fact"),
                 of_projection=_columns(fact, "projected"),
@@ -375,9 +374,9 @@ def _leftovers(connection: Connection, fact: Fact, day: date, staged: int) -> Co
         sql.SQL(_LEFTOVER).format(
             fact=sql.Identifier(fact.table),
             expected=sql.SQL(" UNION ALL ").join(
-                sql.SQL("SELECT org_id, source_key FROM ({}) AS expected").format(
-                    expected_rows(fact, projection, STAGED)
-                )
+                sql.SQL(
+                    "SELECT org_id, source_key FROM ({}) AS staged WHERE rejected IS NULL"
+                ).format(staged_rows(fact, projection))
                 for projection in fact.projections
             ),
             key=KEY_OF_FACT,
@@ -462,7 +461,8 @@ FROM ({sources}) AS sources
 WHERE day = ANY (%(days)s)
 """
 
-# Only of a row that differs is it asked whether that is underway.
+# OFFSET: the facts are looked up by key. Only of a row that differs is it asked whether that is
+# underway.
 _COMPARE = """
 SELECT
     count(*),
@@ -470,7 +470,11 @@ SELECT
     count(*) FILTER (WHERE is_stale AND NOT is_underway),
     count(*) FILTER (WHERE is_underway)
 FROM ({projected}) AS projected
-LEFT JOIN {fact} AS fact USING (org_id, source_key)
+LEFT JOIN LATERAL (
+    SELECT * FROM {fact} AS fact
+    WHERE fact.org_id = projected.org_id AND fact.source_key = projected.source_key
+    OFFSET 0
+) AS fact ON true
 CROSS JOIN LATERAL (
     SELECT
         fact.org_id IS NULL AS is_missing,

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from psycopg import sql
 
 from everruns_pipelines.reporting.catalog import Fact, Projection
-from everruns_pipelines.reporting.query import looked_up_rows, made_rows, of_types
+from everruns_pipelines.reporting.query import looked_up_rows, made_rows, of_types, staged_rows
 from everruns_pipelines.reporting.selection import Facts
 
 # All of one source.
@@ -52,9 +52,7 @@ def trying(fact: Fact, projection: Projection) -> tuple[sql.Composed, sql.Compos
     """
     columns = [sql.Identifier(column.name) for column in fact.columns]
     make = sql.SQL(_TRIED).format(
-        projected=made_rows(
-            fact, projection, looked_up_rows(projection.source, projection.event_types)
-        ),
+        projected=staged_rows(fact, projection),
         unstorable=_unstorable(fact),
     )
     try_singly = sql.SQL(_TRY_SINGLY).format(
@@ -89,7 +87,9 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
             sql.SQL("SELECT * FROM source_rows {}").format(
                 of_types("WHERE event_type", projection.event_types)
             ),
+            confirmed=not projection.source.org_from_session,
         ),
+        "kept": sql.SQL("" if projection.aggregates else "NOT"),
         "superseded": sql.SQL(projection.supersedes or "false"),
     }
     has_notes = projection.rejects or projection.reports
@@ -121,9 +121,10 @@ def _unstorable(fact: Fact) -> sql.Composed:
     )
 
 
-# New facts, as fast as can be.
+# New facts, as fast as can be: they are made where they are written, and not kept. Those that are
+# rejected or reported are made again.
 _INSERT = """
-{made} AS ({projected}),
+{made} AS {kept} MATERIALIZED ({projected}),
 {note}
 {added} AS (
     INSERT INTO {fact} AS fact ({columns}, projected_at)
@@ -154,10 +155,13 @@ _PROJECT = """
         projected.rejected IS NULL
             AND ({of_projection}) IS DISTINCT FROM ({of_fact}) AS wanted
     FROM ({projected}) AS projected
-    -- LIMIT: looked up by key, row by row. Left to choose, the planner may read the whole table.
+    -- LIMIT: looked up row by row. Left to choose, the planner may read the whole table. ANY, since
+    -- only the index of the key has this order: while a table is small, any index would do.
     LEFT JOIN LATERAL (
         SELECT * FROM {fact} AS stored
-        WHERE stored.org_id = projected.org_id AND stored.source_key = projected.source_key
+        WHERE stored.org_id = projected.org_id
+            AND stored.source_key = ANY (ARRAY[projected.source_key])
+        ORDER BY stored.source_key
         LIMIT 1
     ) AS fact ON true
 ),

@@ -264,7 +264,7 @@ def test_what_was_tried_again_in_vain_is_told_in_one_line(
     world.tool_call(world.org())
     tries: list[None] = []
 
-    def fail(*_: object) -> NoReturn:
+    def fail(*_: object, **__: object) -> NoReturn:
         tries.append(None)
         raise raised
 

@@ -57,6 +57,35 @@ def test_what_the_chart_says_is_the_same(values: dict[str, Any], shipped: dict[s
     )
 
 
+def test_the_code_location_has_the_name_that_our_client_asks_for(values: dict[str, Any]) -> None:
+    """The chart names it by its deployment, unless the workspace does."""
+    [deployment] = values["dagster-user-deployments"]["deployments"]
+    [server] = values["dagsterWebserver"]["workspace"]["servers"]
+    assert server == {
+        "host": deployment["name"],
+        "port": deployment["port"],
+        "name": "everruns_pipelines",
+    }
+
+
+def test_no_container_may_more_than_it_needs(values: dict[str, Any]) -> None:
+    [deployment] = values["dagster-user-deployments"]["deployments"]
+    for workload in (deployment, values["dagsterWebserver"], values["dagsterDaemon"]):
+        assert workload["podSecurityContext"]["runAsNonRoot"] is True
+        assert workload["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert workload["resources"]["requests"]
+    # What the code server hands on to runs has the right to make Jobs.
+    assert deployment["includeConfigInLaunchedRuns"] == {"enabled": False}
+    run = values["runLauncher"]["config"]["k8sRunLauncher"]
+    assert dict(one.split("=") for one in run["envVars"]) == {
+        one["name"]: one["value"] for one in deployment["env"]
+    }
+
+
 def test_dagster_takes_what_stands_in_the_rest(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(values["additionalInstanceConfig"]))
     with DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path))) as instance:

@@ -15,7 +15,6 @@ from psycopg import sql
 
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import ensure_platform_schema
-from everruns_pipelines.errors import Refusal
 from everruns_pipelines_tests.deploy.deployments import one_machine
 from everruns_pipelines_tests.deploy.platform import Platform, counted
 from everruns_pipelines_tests.deploy.processes import Processes, is_ready
@@ -171,31 +170,8 @@ def test_a_storage_without_connections_is_survived_by_all(
         let_go()
     until(lambda: is_ready(deployment.web_port), "the web server works again")
     until(lambda: ended_well(deployment, run), "the run, or its second try, succeeds")
-    succeed(deployment, launched(deployment))
+    succeed(deployment, deployment.launch())
     assert lived.is_repaired()
-
-
-def launched(deployment: Processes) -> str:
-    """A run. The first requests of a web server may fail by connections that are gone."""
-    runs: list[str] = []
-
-    def launch() -> bool:
-        with suppress(Refusal):
-            runs.append(deployment.launch())
-        return bool(runs)
-
-    until(launch, "the web server launches runs again")
-    # One whose launch failed may have been queued all the same.
-    until(lambda: is_idle(deployment), "no run is at work")
-    return runs[0]
-
-
-def is_idle(deployment: Processes) -> bool:
-    return {run["status"] for run in deployment.runs().values()} <= {
-        "SUCCESS",
-        "FAILURE",
-        "CANCELED",
-    }
 
 
 def ended_well(deployment: Processes, run: str) -> bool:
@@ -235,8 +211,10 @@ def test_a_server_that_restarts_under_all_of_them_is_survived(
     with suppress(psycopg.OperationalError):
         holding.close()
     server.start()
-    until(lambda: is_ready(deployment.web_port), "the web server works again")
+    # The very first requests: nobody else has tried the connections that the web servers kept.
+    assert run in deployment.runs()
+    deployment.days_by_status()
     until(lambda: ended_well(deployment, run), "the run, or its second try, succeeds")
-    succeed(deployment, launched(deployment))
+    succeed(deployment, deployment.launch())
     with server.connect("platform") as connection:
         assert Platform(connection, environment).is_repaired()

@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import dagster as dg
+import psycopg
 import pytest
 from dagster import DagsterInstance
 from pydantic import SecretStr
@@ -18,6 +19,7 @@ from everruns_pipelines.commands.tables import show_diagnosis
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
@@ -31,18 +33,33 @@ from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES
 from everruns_pipelines.reporting.drain import drain
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.conftest import copy_database
 from everruns_pipelines_tests.reporting.world import materialize
 
 TODAY = datetime.now(UTC).date()
 
 
-@pytest.fixture
-def sample(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Connection:
+@pytest.fixture(scope="module")
+def projected(home: Path, admin: Connection) -> str:
     """A day of sample data, all of it projected but for what was not enqueued."""
-    load_sample_data(connection, events=300, days=1, enqueued_share=0.9)
-    database.prepare(connection)
-    for _ in drain(connection, max_attempts=3):
-        pass
+    copy_database(admin, "projected")
+    with psycopg.connect(embedded_postgres_url(home, "projected"), autocommit=True) as connection:
+        load_sample_data(connection, events=300, days=1, enqueued_share=0.9)
+        database.prepare(connection)
+        for _ in drain(connection, max_attempts=3):
+            pass
+    return "projected"
+
+
+@pytest.fixture
+def template(request: pytest.FixtureRequest, template: str) -> str:
+    is_sample = "sample" in request.fixturenames
+    return str(request.getfixturevalue("projected")) if is_sample else template
+
+
+@pytest.fixture
+def sample(connection: Connection) -> Connection:
+    """A connection to a copy of that database."""
     return connection
 
 

@@ -82,6 +82,8 @@ def test_many_nights_and_lingering_runs_leave_no_more_than_what_is_newest(
 
     sizes: list[int] = []
     with DagsterInstance.from_config(str(ROOT)) as instance:
+        # Without a connection for every statement.
+        instance.optimize_for_webserver(15_000, 3600, 20)
         for day in range(1, 13):
             for covered in (day, day + 1, day + 1):
                 dg.materialize([daily], instance=instance, partition_key=f"2026-01-{covered:02}")

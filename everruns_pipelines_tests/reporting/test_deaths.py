@@ -117,8 +117,7 @@ def test_rows_of_projectors_that_were_killed_are_tried_again_and_blamed_for_noth
             postgres.connect() as dying,
             Deaths.watched(dying),
         ):
-            pid = dying.info.backend_pid
-            connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+            terminate(connection, dying.info.backend_pid)
             dying.execute("SELECT")
     assert registered(connection) == 13
 
@@ -126,6 +125,13 @@ def test_rows_of_projectors_that_were_killed_are_tried_again_and_blamed_for_noth
 
     assert {outbox(connection, id_, "status", "attempts") for id_ in ids} == {("completed", 1)}
     assert (suspects(connection), registered(connection)) == (0, 0)
+
+
+def terminate(connection: Connection, pid: int) -> None:
+    """End a server process, and wait until it has gone."""
+    connection.execute("SELECT pg_terminate_backend(%s)", [pid])
+    here = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+    wait_until(lambda: value(connection, here, pid) == 0, "the process to be gone")
 
 
 def dying_before(connection: Connection, word: int, die: Callable[[], object]) -> Callable[[], int]:
@@ -159,9 +165,8 @@ def killed_before(postgres: PostgresDatabase, word: int) -> bool:
 def terminated_before(postgres: PostgresDatabase, word: int) -> bool:
     """The server ends the connection; had it been done?"""
     with postgres.connect() as admin, postgres.connect() as connection:
-        pid = connection.info.backend_pid
-        terminate = partial(admin.execute, "SELECT pg_terminate_backend(%s, 5000)", [pid])
-        said = dying_before(connection, word, terminate)
+        die = partial(terminate, admin, connection.info.backend_pid)
+        said = dying_before(connection, word, die)
         with suppress(psycopg.OperationalError):
             drain_all(connection)
         return 0 < word <= said()
@@ -188,7 +193,7 @@ def test_wherever_in_a_batch_its_projector_dies_facts_and_queue_agree(
     while is_dead:
         word += 1
         for fact in FACTS:
-            connection.execute(sql.SQL("TRUNCATE {}").format(sql.Identifier(fact.table)))
+            connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(fact.table)))
         connection.execute("DELETE FROM reporting_outbox")
         enqueue_all(connection)
         is_dead = dies(postgres, word)

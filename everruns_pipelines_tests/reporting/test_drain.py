@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -440,3 +441,29 @@ def test_plans_made_for_empty_tables_read_only_what_they_project_once_the_tables
     batches.close()
 
     assert read < 20 * 1000
+
+
+def test_plans_made_while_no_session_had_a_fact_look_each_of_many_up_by_its_key(
+    ready_world: World,
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    first, *others = (ready_world.session(org) for _ in range(301))
+    connection.execute("ANALYZE sessions")
+    for _ in range(100):
+        ready_world.enqueue(org, "event", ready_world.event(first))
+    due = datetime.now(UTC) - timedelta(hours=1)
+    batches = drain(connection, max_attempts=MAX_ATTEMPTS, batch_size=150)
+    assert next(batches).completed == 100
+
+    ready_world.enqueue(org, "session", first, next_attempt_at=due)
+    assert next(batches).completed == 1
+    for session in others:
+        ready_world.enqueue(org, "session", session, next_attempt_at=due)
+    assert next(batches).completed == 150
+    before = rows_read(connection)
+    assert next(batches).completed == 150
+    read = rows_read(connection) - before
+    batches.close()
+
+    assert read < 20 * 150

@@ -194,6 +194,24 @@ def test_what_is_enqueued_after_the_cutoff_is_left_to_the_next_drain(world: Worl
             assert held(world.connection) == {before, after}
 
 
+def test_rows_that_somebody_let_go_of_are_found_by_the_same_drain(world: World) -> None:
+    org = world.org()
+    now = datetime.now(UTC)
+    first, second, third = (
+        world.tool_call(org, next_attempt_at=now - hours * HOUR) for hours in (3, 2, 1)
+    )
+    seen: list[set[UUID]] = []
+
+    with Outbox.opened(world.connection, MAX_ATTEMPTS) as outbox:
+        cutoff = outbox.cutoff()
+        for size in (2, 2, 3):
+            with transaction(world.connection):  # nothing is completed
+                outbox.take(size, cutoff)
+                seen.append(held(world.connection))
+
+    assert seen == [{first, second}, {second, third}, {first, second, third}]
+
+
 def test_rows_that_somebody_holds_are_skipped_not_waited_for(
     world: World, postgres: PostgresDatabase
 ) -> None:
@@ -307,7 +325,7 @@ def test_finishing_reads_its_batch_and_not_the_whole_queue(world: World) -> None
 
     with taken(world.connection, 1_000) as outbox:
         before = index_entries_read(world.connection)
-        finished = outbox.finish()
+        finished = outbox.finish(1_000, of_sessions=False)
     read = index_entries_read(world.connection) - before
 
     assert finished == Finished(1_000, 0, 0)
@@ -325,7 +343,7 @@ def test_of_more_organizations_than_a_batch_holds_the_oldest_rows_come_first(wor
     for _ in range(3):
         with taken(world.connection, 2) as outbox:
             order.append(held(world.connection))
-            outbox.finish()
+            outbox.finish(2, of_sessions=False)
 
     assert order == [{ids[1], ids[3]}, {ids[0], ids[4]}, {ids[2]}]
 
@@ -502,7 +520,7 @@ def test_last_error_holds_2000_characters_at_most(world: World) -> None:
     [(org, source)] = rows(world.connection, "SELECT org_id, source_id FROM reporting_outbox")
     with taken(world.connection, 1) as held_outbox:
         leave_out(world.connection, [Failure(org, source, "x" * 5_000)], 0, 2**31 - 1)
-        held_outbox.finish()
+        held_outbox.finish(1, of_sessions=False)
 
     assert outbox(world.connection, id_, "last_error") == ("x" * 2_000,)
 
@@ -604,7 +622,7 @@ def test_a_row_enqueued_again_while_a_batch_holds_it_is_due_again(
             enqueueing = pool.submit(application_enqueues, application, id_)
             with postgres.connect() as watcher:
                 wait_until(lambda: waiting(watcher), "the application to wait for the batch")
-            held_outbox.finish()
+            held_outbox.finish(1, of_sessions=False)
         enqueueing.result(30)
 
     assert status(world, id_) == afterwards

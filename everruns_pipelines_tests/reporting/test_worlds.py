@@ -31,6 +31,8 @@ from everruns_pipelines_tests.reporting.world import (
 )
 
 WORLDS = int(os.environ.get("EVERRUNS_TEST_WORLDS", "10"))
+# In `make test`; the others belong to `make test-deploy`.
+WORLDS_IN_SHORT = 5
 # What a backfill leaves to the days: tool calls that a turn, or a session in the middle of one,
 # got later.
 _LATE = ("tool_call_count is", "turn_count is")
@@ -222,7 +224,13 @@ UNION SELECT time_bucket_day FROM fact_capability_usage
 """
 
 
-@pytest.mark.parametrize("seed", range(WORLDS))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=() if seed < WORLDS_IN_SHORT else pytest.mark.deploy)
+        for seed in range(WORLDS)
+    ],
+)
 def test_facts_are_right_after_every_kind_of_run(ready: Connection, seed: int) -> None:
     dice = Random(f"world {seed}")
     load_adversarial_sources(ready, seed=1_000 + seed, sessions=4, events_per_session=5)

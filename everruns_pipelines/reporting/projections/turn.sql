@@ -34,7 +34,7 @@ FROM (
     FROM selected
 ) AS turns
 -- Counted once per session of the batch: counting per turn is quadratic in a long session. So is a
--- join row by row, which a full join cannot be.
+-- join row by row, which a full join cannot be: and it stays one, whatever is joined to this.
 FULL JOIN (
     SELECT
         session_id,
@@ -45,3 +45,4 @@ FULL JOIN (
     GROUP BY 1, 2
 ) AS tool_calls USING (session_id, turn_id)
 WHERE coalesce(event_type, '') <> ''
+OFFSET 0
