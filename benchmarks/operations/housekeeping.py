@@ -6,24 +6,20 @@ own: what housekeeping reads of a run are columns, not the texts of events. A te
 is copied.
 """
 
-import os
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import psycopg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from psycopg import sql
 
-from benchmarks.operations._platform import sample
+from benchmarks.operations._platform import Storage, sample, storage_of
 from benchmarks.operations._table import Row, show
 from everruns_pipelines.client import Deployment
-from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.orchestration.event_log import purge_runs
@@ -31,7 +27,7 @@ from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Settings
-from everruns_pipelines_tests.deployment import ROOT, live_deployment
+from everruns_pipelines_tests.deployment import live_deployment
 from everruns_pipelines_tests.reporting.world import drain_all
 
 NIGHTS = 400
@@ -50,8 +46,6 @@ _IDLE = ("check_reporting", "check_items", "measure_health", "materialize_report
 _LINGER_SECONDS = 30
 _SETTLED = 100
 
-Storage = psycopg.Connection[tuple[Any, ...]]
-
 
 def main() -> None:
     """Measure, and print beside the targets."""
@@ -59,7 +53,7 @@ def main() -> None:
 
 
 def housekeeping() -> Generator[Row]:
-    with sample(events=400) as (settings, home), _storage(settings) as (instance, storage):
+    with sample(events=400) as (settings, home), storage_of(settings) as (instance, storage):
         runs = _run_each_once(settings, home, instance)
         yield from _bytes_of_a_day(storage, runs)
         seconds: list[float] = []
@@ -90,18 +84,6 @@ def housekeeping() -> Generator[Row]:
     )
     told = f"{median(seconds[-30:]):.2f} s, at most {max(seconds):.2f} s"
     yield "housekeeping of a day, in the last month", told, "< 10 s"
-
-
-@contextmanager
-def _storage(settings: Settings) -> Generator[tuple[DagsterInstance, Storage]]:
-    """Dagster's storage as a deployment has it, and a connection to it."""
-    url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
-    os.environ["EVERRUNS_DAGSTER_POSTGRES_URL"] = url
-    with (
-        DagsterInstance.from_config(str(ROOT)) as instance,
-        psycopg.connect(url, autocommit=True) as storage,
-    ):
-        yield instance, storage
 
 
 def _run_each_once(settings: Settings, home: Path, instance: DagsterInstance) -> dict[str, str]:
