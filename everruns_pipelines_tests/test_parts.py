@@ -34,7 +34,7 @@ AWAY = "postgresql://nobody@127.0.0.1:1/nowhere"
 REBUILD = ("--organization", "acme", "--workspace", "red", "--project", "webapp")
 OF_THE_OTHER = {
     "reporting": (("rebuild", *REBUILD, "--session-id", SESSION),),
-    "items": (("backfill",), ("project",), ("erase", "--session-id", SESSION)),
+    "items": (("backfill",), ("project",), ("unpark",), ("erase", "--session-id", SESSION)),
 }
 
 
@@ -125,6 +125,8 @@ def test_every_command_works_or_is_refused_in_one_line(
     if part == "reporting":
         assert json.loads(run("backfill")[1])["events"] == 1
         assert json.loads(run("project")[1])["claimed"] == 0
+        assert run("unpark")[0] == 0
+        assert run("erase", "--session-id", SESSION, "--dry-run")[0] == 0
     else:
         told = run("rebuild", *REBUILD, "--session-id", SESSION, "--dry-run")[1]
         would = json.loads(told)
@@ -142,6 +144,7 @@ def test_every_command_works_or_is_refused_in_one_line(
     status, told = run("diagnose", "--json")
     assert status == 0
     assert sum(day["missing"] for day in json.loads(told)["days"]) == 0
+    assert run("check", "--days", "1")[0] == 0
     for arguments in OF_THE_OTHER[part]:
         capfd.readouterr()
         assert main.run(arguments) == 2

@@ -7,7 +7,10 @@ WITH slugs AS (
     SELECT
         id,
         workspace_id,
-        CASE WHEN slug ~ '^[0-9A-Fa-f-]{32,36}$' THEN lower(slug) ELSE slug END AS name
+        CASE
+            WHEN char_length(slug) BETWEEN 32 AND 36 AND slug ~ '^[0-9A-Fa-f-]+$' THEN lower(slug)
+            ELSE slug
+        END AS name
     FROM projects
     WHERE slug <> ''
 )

@@ -16,7 +16,8 @@ CREATE TEMP TABLE staged_spans (
     -- As in projects.sql: what looks like a UUID may be spelled in capitals.
     project text GENERATED ALWAYS AS (
         CASE
-            WHEN project_name ~ '^[0-9A-Fa-f-]{32,36}$' THEN lower(project_name)
+            WHEN char_length(project_name) BETWEEN 32 AND 36 AND project_name ~ '^[0-9A-Fa-f-]+$'
+                THEN lower(project_name)
             ELSE project_name
         END
     ) STORED,

@@ -19,8 +19,9 @@ from everruns_pipelines.items.span_table import Position, SpanTable
 
 _SQL = read_statements("everruns_pipelines.items", "unstored.sql")
 
-# What one look reads at most: a look a minute keeps up with several thousand reports a second.
-MOST_REPORTED = 300_000
+# What one look reads at most: a look a minute keeps up with two thousand reports a second, and the
+# three looks of a tick have an end long before its time is over.
+MOST_REPORTED = 150_000
 # Only these come into the memory of this process.
 MOST_UNSTORED = 100_000
 

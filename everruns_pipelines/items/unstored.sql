@@ -7,14 +7,7 @@ CREATE TEMP TABLE reported (
     project_name text NOT NULL,
     dedupe_key text NOT NULL,
     ended_ns bigint NOT NULL,
-    complete boolean NOT NULL CHECK (complete),
-    -- As in projects.sql: what looks like a UUID may be spelled in capitals.
-    project text GENERATED ALWAYS AS (
-        CASE
-            WHEN project_name ~ '^[0-9A-Fa-f-]{32,36}$' THEN lower(project_name)
-            ELSE project_name
-        END
-    ) STORED
+    complete boolean NOT NULL CHECK (complete)
 )
 
 -- name: copy
@@ -22,7 +15,7 @@ COPY reported (trace_id, project_name, dedupe_key, ended_ns, complete) FROM STDI
 
 -- name: last
 -- How many there are, and the last of them in their order.
-SELECT count(*) OVER (), ended_ns, trace_id, project_name, dedupe_key
+SELECT (SELECT count(*) FROM reported), ended_ns, trace_id, project_name, dedupe_key
 FROM reported
 ORDER BY
     ended_ns DESC, trace_id COLLATE "C" DESC, project_name COLLATE "C" DESC,
@@ -31,6 +24,18 @@ LIMIT 1
 
 -- name: unstored
 -- Those of known projects that are neither stored nor told to be rejected, in their order.
+WITH named AS (
+    SELECT
+        project_name,
+        -- As in projects.sql: what looks like a UUID may be spelled in capitals.
+        CASE
+            WHEN char_length(project_name) BETWEEN 32 AND 36 AND project_name ~ '^[0-9A-Fa-f-]+$'
+                THEN lower(project_name)
+            ELSE project_name
+        END AS project
+    FROM (SELECT DISTINCT project_name FROM reported) AS names
+)
+
 SELECT
     workspace.organization_id::text,
     workspace.id::text,
@@ -40,7 +45,8 @@ SELECT
     reported.project_name,
     reported.dedupe_key
 FROM reported
-JOIN staged_projects AS known ON known.name = reported.project
+JOIN named USING (project_name)
+JOIN staged_projects AS known ON known.name = named.project
 JOIN projects AS project ON project.id = known.project_id
 JOIN item_workspaces AS workspace ON workspace.id = project.workspace_id
 WHERE

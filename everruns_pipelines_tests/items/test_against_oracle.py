@@ -87,6 +87,11 @@ def _shuffled(value: Any, chance: random.Random) -> Any:
     ],
 )
 def test_a_day_of_adversarial_spans_row_by_row(world: World, seed: int) -> None:
+    check(world, lay(world, seed))
+
+
+def lay(world: World, seed: int) -> list[Report]:
+    """Add spans that are made from a seed, and items that stood before; what the spans report."""
     chance = random.Random(seed)
     rows: list[Row] = []
     reports: list[Report] = []
@@ -127,7 +132,11 @@ def test_a_day_of_adversarial_spans_row_by_row(world: World, seed: int) -> None:
         world.post(str(number), data=stored, ref=ref, disposition={"status": "open"})
     chance.shuffle(rows)
     world.add(*rows)
+    return reports
 
+
+def check(world: World, reports: list[Report]) -> None:
+    """Compare, row by row, what rebuilds make of the reports with a recomputation."""
     before = world.items()
     expected, rejected = expected_items(reports, before)
     done = world.rebuild_day()

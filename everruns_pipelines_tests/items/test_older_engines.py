@@ -15,8 +15,9 @@ from everruns_pipelines.operations.doctor import examine
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.databases.older_engine import DATABASE
 from everruns_pipelines_tests.deployment import ROOT
-from everruns_pipelines_tests.items import real
+from everruns_pipelines_tests.items import real, test_against_oracle
 from everruns_pipelines_tests.items.test_automation import said, tick, traces
+from everruns_pipelines_tests.items.test_reading import add_noise, shares_read
 from everruns_pipelines_tests.items.world import Span, World, envelope
 
 pytestmark = pytest.mark.deploy
@@ -120,3 +121,20 @@ def test_everything_runs_on_an_older_server(world: World, server: tuple[str, str
     assert "too old for text indexes" in finding.text
     assert ("too old for tables with JSON attributes" in finding.text) == (version == "24.8")
     assert ("JSON generation" in finding.text) == ("json" in table)
+
+
+def test_a_day_of_adversarial_spans_row_by_row(world: World, server: tuple[str, str]) -> None:
+    world.log.append("the span table is empty")
+    version, table = server
+    seed = 200 + 10 * list(SERVERS).index(version) + SERVERS[version][1].index(table)
+    test_against_oracle.check(world, test_against_oracle.lay(world, seed))
+
+
+def test_a_lookup_reads_a_part_of_the_table(world: World, server: tuple[str, str]) -> None:
+    world.log.append("the span table is empty")
+    world.add(Span([envelope("one")]))
+    with world.clickhouse.connect() as clickhouse:
+        add_noise(clickhouse, 1_000_000)
+        read = shares_read(clickhouse)
+    if "json" not in server[1]:
+        assert max(read["session"], read["run"], read["trace"]) < 0.03

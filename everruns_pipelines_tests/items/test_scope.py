@@ -177,6 +177,21 @@ def test_a_run_id_is_no_session_and_no_other_attribute(world: World) -> None:
     assert world.rebuild(None, run_ids=(RUN,)).processed == 0
 
 
+@pytest.mark.parametrize("generation", ["otel_traces_json.sql"])
+def test_numbers_and_booleans_that_a_collector_typed_are_what_a_map_has(
+    world: World, generation: str
+) -> None:
+    del generation
+    runs: dict[str, Any] = {"42": 42, "true": True, "1.5": 1.5}
+    for name, run in runs.items():
+        row = Span([envelope(name)], name=name).row()
+        row["SpanAttributes"] |= {"dreadnode.run.id": run, "dreadnode.session.id": run}
+        world.add(row)
+    for number, name in enumerate(runs, start=1):
+        assert world.rebuild(None, run_ids=(name,)).processed == 1
+        assert len(world.items()) == number
+
+
 @pytest.mark.usefixtures("other")
 def test_another_projects_spans_in_the_same_session_are_left_alone(world: World) -> None:
     world.add(

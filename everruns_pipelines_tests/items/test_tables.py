@@ -8,7 +8,7 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.operations.doctor import examine
 from everruns_pipelines.settings import Settings
-from everruns_pipelines_tests.items import real
+from everruns_pipelines_tests.items import real, test_against_oracle
 from everruns_pipelines_tests.items.world import World
 
 pytestmark = pytest.mark.deploy
@@ -126,6 +126,11 @@ def table(request: pytest.FixtureRequest) -> str:
 def sample(world: World, table: str) -> World:
     """The sample in that table, under another name, in another database, without a companion."""
     real.lay(world)
+    return _moved(world, table)
+
+
+def _moved(world: World, table: str) -> World:
+    """The world with its spans in that table."""
     with world.clickhouse.connect() as clickhouse:
         clickhouse.client.command("CREATE DATABASE traces")
         for statement in TABLES[table][0]:
@@ -146,3 +151,8 @@ def test_the_same_items_come_from_it_and_the_doctor_tells_what_it_is(
     finding = next(one for one in examine(sample.clickhouse.settings) if one.name == "spans")
     assert finding.ok, finding.text
     assert f"traces.spans, {TABLES[table][1]}, on ClickHouse" in finding.text
+
+
+def test_a_day_of_adversarial_spans_row_by_row(world: World, table: str) -> None:
+    reports = test_against_oracle.lay(world, 100 + list(TABLES).index(table))
+    test_against_oracle.check(_moved(world, table), reports)
