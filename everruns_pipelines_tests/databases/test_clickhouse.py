@@ -217,7 +217,8 @@ def test_a_query_of_the_embedded_engine_ends_when_its_time_is_over(directory: Pa
 
 def test_a_server_is_told_to_end_a_query_whose_reader_was_interrupted(directory: Path) -> None:
     with serving(_resource(directory)) as server:
-        server.faults, server.faulty = ["stall"], "'long'"
+        server.faults.append("stall")
+        server.faulty = "'long'"
         settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": server.dsn})
 
         def asked() -> list[str | None]:
