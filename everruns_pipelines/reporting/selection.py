@@ -1,7 +1,7 @@
 """The selection: which sources a transaction projects, and which rows of the outbox name them.
 
-It is a temporary table, numbered, so that any part of it can be projected again. Who fills it from
-the outbox (`outbox.sql`, `deaths.sql`) also notes there where each row lies.
+It is a temporary table, numbered, so that any part of it can be projected again. What is taken from
+the outbox (`take` in `outbox.sql`) also has noted there where its row lies.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from everruns_pipelines_tests.deploy.fake_kubernetes import FakeKubernetes
+from everruns_pipelines_tests.deploy.platform import Platform
 from everruns_pipelines_tests.deploy.processes import Processes, is_ready, listens
 from everruns_pipelines_tests.deploy.services import HOST
 from everruns_pipelines_tests.deployment import ROOT, free_port, until
@@ -115,6 +116,17 @@ def fake_cluster(
     injected = {**environment, "DAGSTER_HOME": str(home), "PATH": os.environ["PATH"]}
     with FakeKubernetes(injected, pods) as cluster:
         yield cluster
+
+
+@contextmanager
+def held_run(deployment: Processes, lived: Platform) -> Generator[tuple[str, Callable[[], None]]]:
+    """A run that is at work on the busiest day and can write nothing; and what lets it go on."""
+    day, _ = lived.busiest_day()
+    lived.lose_facts()
+    with lived.held() as let_go:
+        run = deployment.materialize(day)
+        until(lived.a_run_waits, "the run waits for the lock")
+        yield run, let_go
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from time import monotonic
 import psycopg
 import pytest
 
-from everruns_pipelines_tests.deploy.deployments import CeleryProcesses, celery
+from everruns_pipelines_tests.deploy.deployments import CeleryProcesses, celery, held_run
 from everruns_pipelines_tests.deploy.platform import Platform, platform
 from everruns_pipelines_tests.deploy.processes import is_ready
 from everruns_pipelines_tests.deploy.services import needs
@@ -75,11 +75,7 @@ def worker_of(deployment: CeleryProcesses, run: dict[str, str]) -> str:
 
 
 def test_a_run_that_is_terminated_ends(deployment: CeleryProcesses, lived: Platform) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        at_work = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (at_work, let_go):
         until(lambda: deployment.status(at_work) == "STARTED", "it is that run")
         queued = deployment.launch()
         until(lambda: deployment.status(queued) == "STARTING", "the worker is full")
@@ -102,12 +98,8 @@ def test_what_a_killed_worker_did_is_found_and_done_again_once(
     deployment: CeleryProcesses, lived: Platform
 ) -> None:
     """Its place in the pool, the only one, is free for the second try."""
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
     deployment.limit_pool("postgres", 1)
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         deployment.start_worker("second")
 
         deployment.kill("first")
@@ -126,11 +118,7 @@ def test_what_a_killed_worker_did_is_found_and_done_again_once(
 def test_what_died_while_the_daemon_was_down_is_found_when_it_is_back(
     deployment: CeleryProcesses, lived: Platform
 ) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         deployment.kill("daemon")
         deployment.kill("second")
         deployment.start_worker("second")
@@ -166,11 +154,7 @@ def test_a_range_that_is_terminated_leaves_its_days_as_they_were(
 def test_a_code_server_may_be_replaced_while_a_run_is_at_work(
     deployment: CeleryProcesses, lived: Platform
 ) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         deployment.kill("code server")
         deployment.start_code_server()
         let_go()
@@ -225,11 +209,7 @@ def test_the_broker_may_be_restarted_while_a_run_is_at_work(
     deployment: CeleryProcesses, lived: Platform
 ) -> None:
     """It forgets everything; the run is neither lost nor taken for lost."""
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         deployment.kill("redis")
         deployment.start_redis()
         # As long as run monitoring needs for two looks.

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from everruns_pipelines_tests.deploy.deployments import KUBERNETES, fake_cluster, kubernetes
+from everruns_pipelines_tests.deploy.deployments import (
+    KUBERNETES,
+    fake_cluster,
+    held_run,
+    kubernetes,
+)
 from everruns_pipelines_tests.deploy.fake_kubernetes import FakeKubernetes
 from everruns_pipelines_tests.deploy.platform import Platform, platform
 from everruns_pipelines_tests.deploy.processes import Processes
@@ -177,12 +182,7 @@ def test_a_run_that_fails_says_so_and_is_not_tried_again(deployment: Processes) 
 def test_a_killed_pod_is_found_and_its_run_done_again_once(
     deployment: Processes, cluster: FakeKubernetes, lived: Platform
 ) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
-
+    with held_run(deployment, lived) as (run, let_go):
         os.killpg(cluster.created[-1].process.pid, signal.SIGKILL)
 
         until(lambda: deployment.status(run) == "FAILURE", "the dead pod is found", 45)
@@ -197,11 +197,7 @@ def test_a_killed_pod_is_found_and_its_run_done_again_once(
 def test_a_run_that_is_terminated_ends(
     deployment: Processes, cluster: FakeKubernetes, lived: Platform
 ) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         until(lambda: deployment.status(run) == "STARTED", "it is that run")
         deployment.terminate(run)
         until(lambda: deployment.status(run) == "CANCELED", "the run ends", 30)

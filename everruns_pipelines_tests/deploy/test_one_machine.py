@@ -15,7 +15,7 @@ from psycopg import sql
 
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
 from everruns_pipelines.databases.embedded.servers import ensure_platform_schema
-from everruns_pipelines_tests.deploy.deployments import one_machine
+from everruns_pipelines_tests.deploy.deployments import held_run, one_machine
 from everruns_pipelines_tests.deploy.platform import Platform, counted
 from everruns_pipelines_tests.deploy.processes import Processes, is_ready
 from everruns_pipelines_tests.deploy.services import PostgresServer
@@ -159,11 +159,7 @@ def test_runs_that_get_no_connection_to_the_platform_wait_and_try_again(
 def test_a_storage_without_connections_is_survived_by_all(
     deployment: Processes, lived: Platform, server: Server
 ) -> None:
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         with server.limited("dagster", 0):
             log = deployment.log("daemon")
             until(lambda: "too many connections" in log.read_text(), "the daemon is told so")
@@ -182,12 +178,8 @@ def test_a_run_whose_process_is_killed_is_found_and_done_again_once(
     deployment: Processes, lived: Platform
 ) -> None:
     """Its place in the pool, the only one, is free for the second try."""
-    day, _ = lived.busiest_day()
-    lived.lose_facts()
     deployment.limit_pool("postgres", 1)
-    with lived.held() as let_go:
-        run = deployment.materialize(day)
-        until(lived.a_run_waits, "the run waits for the lock")
+    with held_run(deployment, lived) as (run, let_go):
         until(lambda: bool(deployment.processes_of(run)), "its process is known")
         os.kill(deployment.processes_of(run)[0], signal.SIGKILL)
         until(lambda: deployment.status(run) == "FAILURE", "the dead run is found")
