@@ -72,7 +72,7 @@ class Deployment:
         """Launch a job and wait for its end.
 
         Args:
-            ops: config by op.
+            ops: config by op; empty for what the job does by itself.
 
         Returns:
             What each op counted; beside it, what it listed: a list of rows for each table.
@@ -102,7 +102,10 @@ class Deployment:
         request_id = str(uuid.uuid4())
         parameters = {
             "selector": selector,
-            "runConfigData": {"ops": {op: {"config": dict(c)} for op, c in ops.items()}},
+            # Not all jobs are configured by op: one that is not refuses the word.
+            "runConfigData": {"ops": {op: {"config": dict(c)} for op, c in ops.items()}}
+            if ops
+            else {},
             "executionMetadata": {"tags": [{"key": _REQUEST_TAG, "value": request_id}]},
         }
         try:

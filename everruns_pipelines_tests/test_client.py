@@ -269,3 +269,14 @@ def test_a_run_that_fails_is_a_failure(
 
 def _encoded(data: dict[str, Any]) -> bytes:
     return json.dumps({"data": data}).encode()
+
+
+def test_a_job_that_is_not_configured_by_op_is_launched(webserver: Webserver) -> None:
+    webserver.script = [
+        ("Jobs", JOBS),
+        ("Launch", LAUNCHED),
+        ("Follow", followed("SUCCESS")),
+    ]
+    Deployment(webserver.url).run("backfill_reporting", {})
+    [_, (_, launched), _] = webserver.requests
+    assert launched["variables"]["parameters"]["runConfigData"] == {}

@@ -1,18 +1,27 @@
 """A platform of sample data, an outbox of a million rows, and what a run's time went into."""
 
 import json
+import os
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib import request
 
+import psycopg
+from dagster import DagsterInstance
+
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
+from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import ROOT
 
 OUTBOX_ROWS = 1_000_000
+
+Storage = psycopg.Connection[tuple[Any, ...]]
 
 
 @contextmanager
@@ -26,6 +35,18 @@ def sample(events: int) -> Generator[tuple[Settings, Path]]:
             load_sample_data(connection, events=events, enqueued_share=0.0)
             connection.execute("ANALYZE")
         yield settings, home
+
+
+@contextmanager
+def storage_of(settings: Settings) -> Generator[tuple[DagsterInstance, Storage]]:
+    """Dagster's storage as a deployment has it, and a connection to it."""
+    url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
+    os.environ["EVERRUNS_DAGSTER_POSTGRES_URL"] = url
+    with (
+        DagsterInstance.from_config(str(ROOT)) as instance,
+        psycopg.connect(url, autocommit=True) as storage,
+    ):
+        yield instance, storage
 
 
 def fill_outbox(connection: Connection) -> None:

@@ -1,49 +1,50 @@
 """Whether Dagster's storage stays bounded: 400 nights and as many days of runs that linger and
 heal, a day's housekeeping after each.
 
-One run of each kind is real. The others are copies of it with dates of their own: what housekeeping
-reads of a run are columns, not the texts of events. A tenth of a day's runs is copied.
+One run of each kind is real, on a real deployment. The others are copies of it with dates of their
+own: what housekeeping reads of a run are columns, not the texts of events. A tenth of a day's runs
+is copied.
 """
 
-import os
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from datetime import UTC, datetime, timedelta
 from io import StringIO
+from pathlib import Path
 from statistics import median
-from typing import Any
 
-import psycopg
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from psycopg import sql
 
-from benchmarks.operations._platform import sample
+from benchmarks.operations._platform import Storage, sample, storage_of
 from benchmarks.operations._table import Row, show
-from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
+from everruns_pipelines.client import Deployment
 from everruns_pipelines.databases.postgres import PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.orchestration.event_log import purge_runs
 from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
+from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Settings
-from everruns_pipelines_tests.deployment import ROOT
+from everruns_pipelines_tests.deployment import live_deployment
 from everruns_pipelines_tests.reporting.world import drain_all
 
 NIGHTS = 400
 KEPT = timedelta(days=30)
-# In a day of 100 rows/s: runs of the outbox sensor, which relieve each other every 540 s; healing
-# every five minutes; what is done every hour; one night.
+# In a day of 100 rows/s: runs of the outbox sensor, which relieve each other every 540 s; healing,
+# where some session changes all the time and waits as long; what is done every hour; one night.
 RUNS = {
     "project_reporting": 160,
-    "backfill_reporting": 288,
+    "backfill_reporting": 160,
     "check_reporting": 24,
+    "check_items": 24,
     "measure_health": 24,
     "materialize_reporting": 1,
 }
-_IDLE = ("check_reporting", "measure_health", "materialize_reporting")
+_IDLE = ("check_reporting", "check_items", "measure_health", "materialize_reporting")
+_LINGER_SECONDS = 30
 _SETTLED = 100
-
-Storage = psycopg.Connection[tuple[Any, ...]]
 
 
 def main() -> None:
@@ -52,8 +53,8 @@ def main() -> None:
 
 
 def housekeeping() -> Generator[Row]:
-    with sample(events=400) as (settings, _), _storage(settings) as (instance, storage):
-        runs = _run_each_once(settings, instance)
+    with sample(events=400) as (settings, home), storage_of(settings) as (instance, storage):
+        runs = _run_each_once(settings, home, instance)
         yield from _bytes_of_a_day(storage, runs)
         seconds: list[float] = []
         sizes: list[tuple[int, int]] = []
@@ -85,51 +86,51 @@ def housekeeping() -> Generator[Row]:
     yield "housekeeping of a day, in the last month", told, "< 10 s"
 
 
-@contextmanager
-def _storage(settings: Settings) -> Generator[tuple[DagsterInstance, Storage]]:
-    """Dagster's storage as a deployment has it, and a connection to it."""
-    url = embedded_postgres_url(settings.home, DAGSTER_DATABASE)
-    os.environ["EVERRUNS_DAGSTER_POSTGRES_URL"] = url
-    with (
-        DagsterInstance.from_config(str(ROOT)) as instance,
-        psycopg.connect(url, autocommit=True) as storage,
-    ):
-        yield instance, storage
-
-
-def _run_each_once(settings: Settings, instance: DagsterInstance) -> dict[str, str]:
-    """The run of each job, with as much to do as on a usual day."""
+def _run_each_once(settings: Settings, home: Path, instance: DagsterInstance) -> dict[str, str]:
+    """The run of each job on a real deployment, with as much to do as on a usual day."""
+    environment = {
+        "EVERRUNS_HOME": str(settings.home),
+        "EVERRUNS_LINGER_SECONDS": str(_LINGER_SECONDS),
+    }
     with PostgresDatabase(settings).connect() as connection:
         enqueue(connection, BackfillRequest(limit=10_000))
         drain_all(connection)
-        for statement in _BUSY_DAY.split(";"):
-            connection.execute(statement.encode())
-    definitions = build_definitions(settings)
-    today = datetime.now(UTC).date()
-    config: Mapping[str, Any] = {
-        "project_reporting": {"ops": {"project": {"config": {"linger_seconds": 1}}}}
-    }
+        with live_deployment(home, environment) as live:
+            for fact in FACTS:
+                connection.execute(
+                    sql.SQL(_LOST).format(sql.Identifier(fact.table)), [timedelta(days=2)]
+                )
+            connection.execute("UPDATE reporting_outbox SET status = 'pending'")
+            deployment = Deployment(live.url)
+            runs = {"project_reporting": _launched_by_the_sensor(instance)}
+            connection.execute(_CHANGED_SESSIONS)
+            for job in ("backfill_reporting", "check_reporting", "check_items", "measure_health"):
+                runs[job] = deployment.launch(job, {})
+                deployment.follow(runs[job])
     with redirect_stderr(StringIO()):
-        return {
-            job: definitions.resolve_job_def(job)
+        night = (
+            build_definitions(settings)
+            .resolve_job_def("materialize_reporting")
             .execute_in_process(
-                run_config=config.get(job, {}),
-                tags=day_range_tags(settings, today, 2) if job == "materialize_reporting" else {},
-                instance=instance,
+                tags=day_range_tags(settings, datetime.now(UTC).date(), 2), instance=instance
             )
-            .run_id
-            for job in RUNS
-        }
+        )
+    return {**runs, "materialize_reporting": night.run_id}
 
 
-# Events of the last day are due; sessions have changed, and nobody has enqueued them.
-_BUSY_DAY = """
-UPDATE reporting_outbox SET status = 'pending', next_attempt_at = now()
-WHERE source_id IN (
-    SELECT id::text FROM events WHERE ts > now() - interval '1 day'
-    UNION ALL SELECT id::text FROM llm_generations WHERE created_at > now() - interval '1 day'
-    UNION ALL SELECT id::text FROM usage_ledger WHERE created_at > now() - interval '1 day'
-);
+def _launched_by_the_sensor(instance: DagsterInstance) -> str:
+    """The first run of the outbox sensor, once it has ended."""
+    ended = RunsFilter(job_name="project_reporting", statuses=[DagsterRunStatus.SUCCESS])
+    while not (run_ids := instance.run_storage.get_run_ids(ended)):
+        time.sleep(1)
+    return run_ids[-1]
+
+
+# So that what is due makes all facts of a day: the newest session of the sample is of yesterday.
+_LOST = "DELETE FROM {} WHERE created_at > now() - %s"
+
+# Nobody has enqueued them.
+_CHANGED_SESSIONS = """
 UPDATE sessions SET status = status
 WHERE id IN (SELECT id FROM sessions ORDER BY created_at DESC LIMIT 5)
 """
@@ -153,9 +154,8 @@ def _bytes_of_a_day(storage: Storage, runs: Mapping[str, str]) -> Generator[Row]
         f"{sum(a_day.values()) / 1e6:.1f} MB",
         "< 20 MB",
     )
-    for job in ("project_reporting", "backfill_reporting"):
-        told = f"{a_day[job] / 1e6:.1f} MB"
-        yield f"  {RUNS[job]} of {job}", told, "reported"
+    for job, number in RUNS.items():
+        yield f"  {number} of {job}", f"{a_day[job] / 1e6:.1f} MB", "reported"
     idle = sum(a_day[job] for job in _IDLE)
     yield "  idle", f"{idle / 1e6:.1f} MB", "< 20 MB"
 

@@ -12,10 +12,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from uuid import uuid4
 
 from everruns_pipelines.databases.interruptible import ByteStream, Client, InterruptibleClient
 from everruns_pipelines.errors import Refusal
@@ -27,6 +29,8 @@ _POLL = 0.1
 
 # A server that sends nothing for this long, in seconds, has stalled.
 STALL_TIMEOUT = 300
+# What each step of telling a server to give a query up may take, in seconds.
+_GIVE_UP_SECONDS = 2.0
 ATTEMPTS = 3
 PAUSES = (1.0, 5.0)
 
@@ -105,6 +109,7 @@ class ClickHouse:
 
     Args:
         until: when all that is asked must be answered, by the monotonic clock; None for no bound.
+        give_up: has the server end the query of this id, which nobody waits for any more.
     """
 
     client: Client
@@ -112,6 +117,7 @@ class ClickHouse:
     until: float | None = None
     database: str = ""
     version: str = ""
+    give_up: Callable[[str], None] = lambda _: None
 
     def rows(
         self, query: str, parameters: Mapping[str, Any], columns: Sequence[str]
@@ -180,13 +186,23 @@ class ClickHouse:
                 text += f", max_execution_time = {left}"
             else:
                 settings = {**settings, "max_execution_time": left}
-        with _failures():
-            answer = self.client.raw_stream(text, dict(parameters), settings, fmt=fmt)
-            try:
-                _check_length_is_known(answer)
-                yield answer
-            finally:
-                answer.close()
+        query_id = str(uuid4())
+        if not self.is_embedded:
+            settings = {**settings, "query_id": query_id}
+        try:
+            with _failures():
+                answer = self.client.raw_stream(text, dict(parameters), settings, fmt=fmt)
+                try:
+                    _check_length_is_known(answer)
+                    yield answer
+                finally:
+                    answer.close()
+        except Exception:
+            raise
+        except BaseException:
+            # Interrupted, or not read to its end: a server goes on all the same.
+            self.give_up(query_id)
+            raise
 
     def _seconds_left(self, until: float) -> int:
         left = math.ceil(until - time.monotonic())
@@ -226,7 +242,7 @@ class ClickHouseDatabase:
         if dsn is not None and not dsn.get_secret_value().startswith("chdb:"):
             client = _server_client(dsn.get_secret_value(), within)
             with _connected(client, is_embedded=False, until=until) as clickhouse:
-                yield clickhouse
+                yield replace(clickhouse, give_up=partial(_give_up, dsn.get_secret_value()))
             return
         with (
             _engine_client(self.directory, log, patience) as client,
@@ -322,6 +338,16 @@ def _server_client(dsn: str, within: float | None) -> Client:
             # One query after the other: no session to keep on the server.
             autogenerate_session_id=False,
         )
+
+
+def _give_up(dsn: str, query_id: str) -> None:
+    """Have the server end a query. Who may read may end what is his own."""
+    with suppress(ClickHouseFailure, Refusal), _failures():
+        client = _server_client(dsn, _GIVE_UP_SECONDS)
+        try:
+            client.command(f"KILL QUERY WHERE query_id = '{query_id}' ASYNC")
+        finally:
+            client.close()
 
 
 @contextmanager

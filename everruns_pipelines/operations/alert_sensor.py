@@ -147,7 +147,7 @@ def _failed_checks(
             for number, (record, evaluation) in enumerate(results)
             if number == 0 or (until is not None and record.id > until)
         ]
-        memory.checks_until = max(memory.checks_until or 0, *(record.id for record, _ in new), 0)
+        memory.checks_until = max([memory.checks_until or 0, *(record.id for record, _ in new)])
         problems += [
             _failed_check(key, record, evaluation)
             for record, evaluation in new

@@ -51,6 +51,9 @@ _AT_WORK = timedelta(hours=1)
 _RELIEF_SECONDS = 60
 # As many as one backfill enqueues. The next one follows once these are projected.
 _HEALED_AT_ONCE = 10_000
+# Sources that have only changed wait for others for so many seconds: each run is kept for a month.
+# With the next tick and the start of a run that is less than ten minutes. Damage does not wait.
+_CHANGES_WAIT = 540
 # Looking takes at most a tenth of the time.
 _PAUSES_PER_LOOK = 9
 
@@ -106,10 +109,12 @@ class _Healing:
 
     Args:
         next_look: when to look again, in seconds since the epoch.
+        next_changes: when to enqueue what has only changed.
         by_run: the last look took longer than a tick may: a run was launched to look.
     """
 
     next_look: float = 0.0
+    next_changes: float = 0.0
     by_run: bool = False
     back_off: BackOff = field(default_factory=BackOff)
 
@@ -140,7 +145,8 @@ class _Healing:
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Looks at all history every EVERRUNS_HEAL_SECONDS (300), and launches "
-    "backfill_reporting where a fact is missing or stale. Where looking takes longer than a tick "
+    "backfill_reporting where a fact is missing or stale. Sources that have only just changed wait "
+    "for others, so that they follow within ten minutes. Where looking takes longer than a tick "
     "may, the run looks. Looking takes at most a tenth of the time.",
 )
 def reporting_healing_sensor(
@@ -179,18 +185,21 @@ def reporting_healing_sensor(
     pause = _PAUSES_PER_LOOK * seconds
     if wanting < _HEALED_AT_ONCE:
         pause = max(pause, interval)
-    memory = _Healing(next_look=now + pause)
-    if not wanting:
-        return memory.skipped(
-            f"Nothing is missing or stale, as a look of {seconds:.2f} s has found; "
-            f"the next is at {clock(memory.next_look)}",
-            news=list(no_damage(context.instance, everruns_postgres.settings)),
-        )
+    memory = _Healing(next_look=now + pause, next_changes=memory.next_changes)
     counts = ", ".join(
         f"{missing.sources} of {source_type}" for source_type, missing in found.items()
     )
-    context.log.info(f"Missing or stale, by source: {counts}")
-    return memory.launched()
+    damaged = sum(missing.damaged for missing in found.values())
+    if damaged or wanting >= _HEALED_AT_ONCE or (wanting and now >= memory.next_changes):
+        context.log.info(f"Missing or stale, by source: {counts}; {damaged} of them are damaged")
+        return replace(memory, next_changes=now + _CHANGES_WAIT).launched()
+    news = list(no_damage(context.instance, everruns_postgres.settings))
+    if wanting:
+        memory = replace(memory, next_look=min(memory.next_look, memory.next_changes))
+        reason = f"Only just changed, by source: {counts}. They wait for others"
+    else:
+        reason = f"Nothing is missing or stale, as a look of {seconds:.2f} s has found"
+    return memory.skipped(f"{reason}; the next look is at {clock(memory.next_look)}", news)
 
 
 def reporting_schedules(settings: Settings) -> list[dg.ScheduleDefinition]:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 # So that telling the progress costs little, however much is due.
 _MOST_COUNTED = 100_000
 _TELL_SECONDS = 2
-_TELL_LINGERING_SECONDS = 120
+_TELL_LINGERING_SECONDS = 300
+# What of a day's counts is news of it.
+_CHANGES = ("inserted", "refreshed", "removed", "rejected")
 
 
 class EnqueueConfig(dg.Config):
@@ -235,7 +237,7 @@ def _progress(connection: Connection, config: ProjectConfig, drained: "Drained")
 
 
 def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained: "Drained") -> None:
-    """Report a materialization for each fact and day that was touched, so that the partitions view
+    """Report a materialization for each fact and day that was changed, so that the partitions view
     of the UI is true. Days before the first partition are not in that view, nor is any that no
     partition can be: PostgreSQL's times are allowed to be infinite.
     """
@@ -243,7 +245,11 @@ def _report(context: dg.OpExecutionContext, postgres: PostgresDatabase, drained:
 
     partitions = day_partitions(postgres.settings)
     counts = drained.outcome.counts
-    touched = [(table, day) for table, day in sorted(counts) if partitions.has_partition_key(day)]
+    touched = [
+        (table, day)
+        for (table, day), of_day in sorted(counts.items())
+        if partitions.has_partition_key(day) and any(of_day[what] for what in _CHANGES)
+    ]
     if not touched:
         return
     with postgres.connect() as connection:

@@ -30,7 +30,7 @@ READS_SPANS = "dreadnode.outputs"
 
 
 class HttpEngine(ThreadingHTTPServer):
-    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked.
+    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked, under which `ids`.
 
     Faults hit the queries that hold the text `faulty`.
     """
@@ -49,6 +49,7 @@ class HttpEngine(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.faulty = READS_SPANS
         self.queries: list[str] = []
+        self.ids: list[str | None] = []
         self.done = threading.Event()
 
     @property
@@ -114,6 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not form:
             query = "\n".join(filter(None, (query, body.decode())))
         sent |= form
+        self.engine.ids.append(sent.get("query_id"))
         self.engine.queries.append(query)
         fault = None
         if self.engine.faulty in query and self.engine.faults:

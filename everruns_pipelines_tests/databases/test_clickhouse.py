@@ -15,6 +15,8 @@ import pytest
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure, retrying
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.databases.http_engine import serving
+from everruns_pipelines_tests.deployment import until
 
 
 def _resource(directory: Path) -> ClickHouseDatabase:
@@ -211,3 +213,28 @@ def test_a_query_of_the_embedded_engine_ends_when_its_time_is_over(directory: Pa
         for expected in ("Timeout exceeded", "not answered in the time allowed"):
             with pytest.raises(ClickHouseFailure, match=expected):
                 opened.rows(_LONG, {}, ["rows"])
+
+
+def test_a_server_is_told_to_end_a_query_whose_reader_was_interrupted(directory: Path) -> None:
+    with serving(_resource(directory)) as server:
+        server.faults.append("stall")
+        server.faulty = "'long'"
+        settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": server.dsn})
+
+        def asked() -> list[str | None]:
+            return [
+                id_
+                for id_, query in zip(server.ids, server.queries, strict=False)
+                if "'long'" in query
+            ]
+
+        def interrupt() -> None:
+            until(lambda: bool(asked()), "the query has arrived")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with ClickHouseDatabase(settings).connect() as clickhouse:
+            threading.Thread(target=interrupt).start()
+            with pytest.raises(KeyboardInterrupt):
+                clickhouse.rows("SELECT 'long' AS n", {}, ["n"])
+        [query_id] = asked()
+        assert server.queries[-1] == f"KILL QUERY WHERE query_id = '{query_id}' ASYNC"

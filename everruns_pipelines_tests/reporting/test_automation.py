@@ -1,5 +1,6 @@
 """The outbox sensor and reporting's schedules, with their contexts and an instance in memory."""
 
+import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ from everruns_pipelines.reporting.automation import (
 )
 from everruns_pipelines.reporting.backfill import BackfillRequest
 from everruns_pipelines.reporting.backfill import enqueue as enqueue_missing
+from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.reporting.watch import find_due
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.deployment import ROOT
@@ -277,6 +279,27 @@ def test_what_is_missing_of_last_year_is_healed_and_then_there_is_a_pause(
     assert enqueue_missing(connection, BackfillRequest(limit=10_000))["enqueued"] > 0
     drain_all(connection)
     assert "Nothing is missing or stale" in said(heal(instance, postgres))
+
+
+def test_sources_that_have_only_changed_wait_for_others_and_damage_does_not(
+    instance: DagsterInstance, postgres: PostgresDatabase, connection: Connection
+) -> None:
+    prepare(connection)
+    load_sample_data(connection, events=60, enqueued_share=0)
+    enqueue_missing(connection, BackfillRequest(limit=10_000))
+    drain_all(connection)
+    connection.execute("UPDATE sessions SET title = 'x'")
+    found = heal(instance, postgres)
+    assert found.run_requests
+    remembered = json.loads(found.cursor or "")
+    assert 500 < remembered["next_changes"] - time.time() < 600
+    now = json.dumps({**remembered, "next_look": 0})
+    waiting = heal(instance, postgres, now)
+    assert "They wait for others; the next look is at" in said(waiting)
+    later = json.dumps({**json.loads(waiting.cursor or ""), "next_look": 0, "next_changes": 0})
+    assert heal(instance, postgres, later).run_requests
+    connection.execute("DELETE FROM fact_turn")
+    assert heal(instance, postgres, now).run_requests
 
 
 def test_a_look_that_takes_too_long_is_left_to_a_run(
