@@ -123,7 +123,9 @@ _PROFILES: dict[str, tuple[Mapping[str, str], bool]] = {
     "rows of a result": ({"max_result_rows": "3", "result_overflow_mode": "break"}, False),
     "bytes of a result": ({"max_result_bytes": "300", "result_overflow_mode": "break"}, False),
     "rows to sort": ({"max_rows_to_sort": "3", "sort_overflow_mode": "break"}, False),
-    "rows of DISTINCT": ({"max_rows_in_distinct": "3", "distinct_overflow_mode": "break"}, False),
+    # Nothing that is asked has a DISTINCT.
+    "rows of DISTINCT": ({"max_rows_in_distinct": "3", "distinct_overflow_mode": "break"}, True),
+    "rows to group": ({"max_rows_to_group_by": "3", "group_by_overflow_mode": "any"}, False),
     "rows of a set": ({"max_rows_in_set": "3", "set_overflow_mode": "break"}, False),
     "time": ({"max_execution_time": "0.001", "timeout_overflow_mode": "break"}, False),
     "modes alone": (
