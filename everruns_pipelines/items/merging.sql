@@ -29,16 +29,31 @@ WHERE
 
 -- name: choose
 -- Of the valid envelopes with one dedupe key the earliest by span end counts, in one span the first.
+-- Hardly any key is there twice: only those are sorted, and only their spans looked up.
+WITH repeated AS MATERIALIZED (
+    SELECT hashtextextended(dedupe_key, 0) AS hash
+    FROM candidates
+    WHERE state = 'valid'
+    GROUP BY hash
+    HAVING count(*) > 1
+)
+
 INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
-SELECT DISTINCT ON (candidate.dedupe_key COLLATE "C", candidate.project_id)
-    candidate.id, candidate.project_id, candidate.dedupe_key, candidate.ref, candidate.ended_ns
-FROM candidates AS candidate
-JOIN staged_spans AS span ON span.id = candidate.span
-WHERE candidate.state = 'valid'
-ORDER BY
-    -- The key first: it tells rows apart, the project hardly ever.
-    candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
-    span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
+SELECT id, project_id, dedupe_key, ref, ended_ns
+FROM candidates
+WHERE state = 'valid' AND hashtextextended(dedupe_key, 0) NOT IN (SELECT hash FROM repeated)
+UNION ALL
+(
+    SELECT DISTINCT ON (candidate.dedupe_key COLLATE "C", candidate.project_id)
+        candidate.id, candidate.project_id, candidate.dedupe_key, candidate.ref, candidate.ended_ns
+    FROM repeated
+    JOIN candidates AS candidate ON hashtextextended(candidate.dedupe_key, 0) = repeated.hash
+    JOIN staged_spans AS span ON span.id = candidate.span
+    WHERE candidate.state = 'valid'
+    ORDER BY
+        candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
+        span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
+)
 
 -- name: leave
 -- What is not stored, but reported so lately that its POST may be under way.
