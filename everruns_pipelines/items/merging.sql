@@ -148,7 +148,15 @@ WITH compared AS MATERIALIZED (
     SELECT
         candidate.id AS candidate,
         item.id AS item_id,
-        array_remove(
+        -- Told one by one only of items that differ.
+        CASE WHEN item.id IS NOT NULL AND (
+            item.item_type, item.title, nullif(item.ref, ''), item.session_id, item.trace_id,
+            item.span_id, item.capability, item.capability_version, item.schema_ref
+        ) IS DISTINCT FROM (
+            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
+            candidate.trace_id, candidate.span_id, candidate.capability,
+            candidate.capability_version, candidate.schema_ref
+        ) THEN array_remove(
             ARRAY[
                 CASE WHEN item.item_type IS DISTINCT FROM candidate.item_type THEN 'item_type' END,
                 CASE WHEN item.title IS DISTINCT FROM candidate.title THEN 'title' END,
@@ -171,7 +179,7 @@ WITH compared AS MATERIALIZED (
                 END
             ],
             NULL
-        ) AS columns,
+        ) ELSE '{}' END AS columns,
         CASE
             WHEN item.id IS NULL THEN false
             WHEN record_image_eq(ROW(item.data), ROW(candidate.data)) THEN true
