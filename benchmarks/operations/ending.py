@@ -1,8 +1,6 @@
-"""How fast a run that lingers ends, on a real deployment, once something or somebody wants it."""
+"""How fast a run that lingers ends on a real deployment, once somebody terminates it."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Generator
 from urllib import request
@@ -16,9 +14,6 @@ from everruns_pipelines_tests.deployment import LiveDeployment, live_deployment,
 
 _LINGERS = {"project": {"linger_seconds": 600}}
 _TERMINATE = 'mutation {{ terminateRun(runId: "{run}") {{ __typename }} }}'
-_RELOAD = """mutation {
-  reloadRepositoryLocation(repositoryLocationName: "everruns_pipelines") { __typename }
-}"""
 
 
 def main() -> None:
@@ -33,11 +28,7 @@ def ending() -> Generator[Row]:
             terminated = _seconds(
                 live, instance, lambda run: _ask(live, _TERMINATE.format(run=run))
             )
-            replaced = _seconds(live, instance, lambda _: _ask(live, _RELOAD))
-            shut_down = _seconds(live, instance, lambda _: _shut_down(live))
     yield "terminated", f"{terminated:.1f} s", "< 1 s"
-    yield "its code location reloaded", f"{replaced:.1f} s", "< 1 s"
-    yield "its machine shut down", f"{shut_down:.1f} s", "< 1 s"
 
 
 def _seconds(
@@ -67,9 +58,3 @@ def _ask(live: LiveDeployment, query: str) -> None:
     asked = request.Request(f"{live.url}/graphql", body, {"Content-Type": "application/json"})
     with request.urlopen(asked, timeout=60) as answer:
         assert "errors" not in json.load(answer)
-
-
-def _shut_down(live: LiveDeployment) -> None:
-    """What an init system does: every process is told to end."""
-    for process in live.processes.values():
-        os.killpg(process.pid, signal.SIGTERM)
