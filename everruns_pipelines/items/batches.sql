@@ -8,7 +8,9 @@ FROM (
         round = %(round)s
         OR (
             %(round)s::integer IS NULL
-            AND candidate IN (SELECT id FROM candidates WHERE jsonb_array_length(links) > 0)
+            AND candidate IN (
+                SELECT id FROM candidates WHERE links IS NOT NULL AND jsonb_array_length(links) > 0
+            )
         )
 )
 GROUP BY batch

@@ -25,24 +25,24 @@ SELECT
     found.project_id,
     CASE
         -- What was fetched may be another item: whose it should be, the span says.
-        WHEN key.is_sound AND NOT found.fetched THEN found.value ->> 'dedupe_key'
+        WHEN key.is_sound AND NOT found.fetched THEN text.dedupe_key
         WHEN char_length(found.key_hint) BETWEEN 1 AND 64 THEN found.key_hint
     END,
     found.ended_ns,
     found.uri,
     found.size,
-    sound.value ->> 'item_type',
-    sound.value ->> 'title',
-    nullif(sound.value ->> 'ref', ''),
+    text.item_type,
+    text.title,
+    nullif(text.ref, ''),
     session.id,
-    coalesce(sound.value ->> 'trace_id', found.trace_id),
-    coalesce(sound.value ->> 'span_id', found.span_id),
-    sound.value ->> 'capability',
-    sound.value ->> 'capability_version',
-    sound.value ->> 'schema_ref',
+    coalesce(text.trace_id, found.trace_id),
+    coalesce(text.span_id, found.span_id),
+    text.capability,
+    text.capability_version,
+    text.schema_ref,
     CASE
-        WHEN status.known IS NOT NULL OR sound.value ->> 'notes' <> ''
-            THEN jsonb_build_object('status', status.known, 'notes', sound.value ->> 'notes')
+        WHEN status.known IS NOT NULL OR text.notes <> ''
+            THEN jsonb_build_object('status', status.known, 'notes', text.notes)
     END,
     CASE WHEN jsonb_typeof(sound.value -> 'links') = 'array' THEN sound.value -> 'links' END,
     CASE
@@ -58,13 +58,44 @@ SELECT
         ELSE sound.value -> 'data'
     END
 FROM ({found}) AS found
+-- Each field's type and text, taken once: all that follows asks several times.
 CROSS JOIN LATERAL (
     SELECT
+        jsonb_typeof(found.value -> 'dedupe_key') AS dedupe_key,
+        jsonb_typeof(found.value -> 'item_type') AS item_type,
+        jsonb_typeof(found.value -> 'title') AS title,
+        jsonb_typeof(found.value -> 'ref') AS ref,
+        jsonb_typeof(found.value -> 'session_id') AS session_id,
+        jsonb_typeof(found.value -> 'trace_id') AS trace_id,
+        jsonb_typeof(found.value -> 'span_id') AS span_id,
+        jsonb_typeof(found.value -> 'capability') AS capability,
+        jsonb_typeof(found.value -> 'capability_version') AS capability_version,
+        jsonb_typeof(found.value -> 'schema_ref') AS schema_ref,
+        jsonb_typeof(found.value -> 'status') AS status,
+        jsonb_typeof(found.value -> 'notes') AS notes
+    OFFSET 0
+) AS type
+CROSS JOIN LATERAL (
+    SELECT
+        CASE WHEN type.dedupe_key = 'string' THEN found.value ->> 'dedupe_key' END AS dedupe_key,
+        CASE WHEN type.item_type = 'string' THEN found.value ->> 'item_type' END AS item_type,
+        CASE WHEN type.title = 'string' THEN found.value ->> 'title' END AS title,
+        CASE WHEN type.ref = 'string' THEN found.value ->> 'ref' END AS ref,
+        CASE WHEN type.session_id = 'string' THEN found.value ->> 'session_id' END AS session_id,
+        CASE WHEN type.trace_id = 'string' THEN found.value ->> 'trace_id' END AS trace_id,
+        CASE WHEN type.span_id = 'string' THEN found.value ->> 'span_id' END AS span_id,
+        CASE WHEN type.capability = 'string' THEN found.value ->> 'capability' END AS capability,
         CASE
-            WHEN jsonb_typeof(found.value -> 'session_id') = 'string'
-                THEN found.value ->> 'session_id'
-            ELSE found.session_hint
-        END AS raw
+            WHEN type.capability_version = 'string' THEN found.value ->> 'capability_version'
+        END AS capability_version,
+        CASE WHEN type.schema_ref = 'string' THEN found.value ->> 'schema_ref' END AS schema_ref,
+        CASE WHEN type.status = 'string' THEN found.value ->> 'status' END AS status,
+        CASE WHEN type.notes = 'string' THEN found.value ->> 'notes' END AS notes
+    OFFSET 0
+) AS text
+CROSS JOIN LATERAL (
+    SELECT
+        CASE WHEN type.session_id = 'string' THEN text.session_id ELSE found.session_hint END AS raw
 ) AS named
 -- A UUID as Python's `UUID` reads one, which is what the SDK asks: also in spellings that
 -- PostgreSQL does not know.
@@ -76,54 +107,52 @@ CROSS JOIN LATERAL (
             WHEN pg_input_is_valid(bare.hex, 'uuid') THEN bare.hex::uuid
         END AS id
     FROM (
-        SELECT CASE
-            WHEN NOT pg_input_is_valid(named.raw, 'uuid') THEN translate(
-                replace(replace(lower(named.raw), 'urn:', ''), 'uuid:', ''), '{{}}-', ''
-            )
-        END AS hex
+        SELECT translate(
+            replace(replace(lower(named.raw), 'urn:', ''), 'uuid:', ''), '{{}}-', ''
+        ) AS hex
     ) AS bare
     OFFSET 0
 ) AS session
 CROSS JOIN LATERAL (
     SELECT
-        jsonb_typeof(found.value -> 'dedupe_key') = 'string'
-        AND char_length(found.value ->> 'dedupe_key') BETWEEN 1 AND 64 AS is_sound
+        type.dedupe_key = 'string'
+        AND char_length(text.dedupe_key) BETWEEN 1 AND 64 AS is_sound
 ) AS key
 CROSS JOIN LATERAL (
     SELECT CASE
         WHEN key.is_sound IS NOT TRUE THEN 'dedupe_key must be a string of 1 to 64 characters'
-        WHEN found.fetched AND found.value ->> 'dedupe_key' IS DISTINCT FROM found.key_hint
+        WHEN found.fetched AND text.dedupe_key IS DISTINCT FROM found.key_hint
             THEN 'the fetched object is another item than the span says'
-        WHEN jsonb_typeof(found.value -> 'item_type') IS DISTINCT FROM 'string'
-            OR char_length(found.value ->> 'item_type') NOT BETWEEN 1 AND 64
+        WHEN type.item_type IS DISTINCT FROM 'string'
+            OR char_length(text.item_type) NOT BETWEEN 1 AND 64
             THEN 'item_type must be a string of 1 to 64 characters'
         WHEN jsonb_typeof(found.value -> 'data') IS DISTINCT FROM 'object'
             THEN 'data must be an object'
-        WHEN jsonb_typeof(found.value -> 'title') NOT IN ('string', 'null')
-            OR char_length(found.value ->> 'title') > 512
+        WHEN type.title NOT IN ('string', 'null')
+            OR char_length(text.title) > 512
             THEN 'title must be null or a string of at most 512 characters'
-        WHEN jsonb_typeof(found.value -> 'ref') NOT IN ('string', 'null')
-            OR char_length(found.value ->> 'ref') > 128
+        WHEN type.ref NOT IN ('string', 'null')
+            OR char_length(text.ref) > 128
             THEN 'ref must be null or a string of at most 128 characters'
-        WHEN jsonb_typeof(found.value -> 'capability') NOT IN ('string', 'null')
-            OR char_length(found.value ->> 'capability') > 255
+        WHEN type.capability NOT IN ('string', 'null')
+            OR char_length(text.capability) > 255
             THEN 'capability must be null or a string of at most 255 characters'
-        WHEN jsonb_typeof(found.value -> 'capability_version') NOT IN ('string', 'null')
-            OR char_length(found.value ->> 'capability_version') > 64
+        WHEN type.capability_version NOT IN ('string', 'null')
+            OR char_length(text.capability_version) > 64
             THEN 'capability_version must be null or a string of at most 64 characters'
         WHEN jsonb_typeof(found.value -> 'links') NOT IN ('array', 'null')
             THEN 'links must be null or an array'
-        WHEN jsonb_typeof(found.value -> 'schema_ref') NOT IN ('string', 'null')
+        WHEN type.schema_ref NOT IN ('string', 'null')
             THEN 'schema_ref must be null or a string'
-        WHEN jsonb_typeof(found.value -> 'session_id') NOT IN ('string', 'null')
+        WHEN type.session_id NOT IN ('string', 'null')
             THEN 'session_id must be null or a string'
-        WHEN jsonb_typeof(found.value -> 'trace_id') NOT IN ('string', 'null')
+        WHEN type.trace_id NOT IN ('string', 'null')
             THEN 'trace_id must be null or a string'
-        WHEN jsonb_typeof(found.value -> 'span_id') NOT IN ('string', 'null')
+        WHEN type.span_id NOT IN ('string', 'null')
             THEN 'span_id must be null or a string'
-        WHEN jsonb_typeof(found.value -> 'status') NOT IN ('string', 'null')
+        WHEN type.status NOT IN ('string', 'null')
             THEN 'status must be null or a string'
-        WHEN jsonb_typeof(found.value -> 'notes') NOT IN ('string', 'null')
+        WHEN type.notes NOT IN ('string', 'null')
             THEN 'notes must be null or a string'
     END AS flaw
     OFFSET 0
@@ -133,8 +162,8 @@ CROSS JOIN LATERAL (
 ) AS sound
 CROSS JOIN LATERAL (
     SELECT CASE
-        WHEN sound.value ->> 'status' IN ('open', 'triaged', 'verified', 'resolved', 'dismissed')
-            THEN sound.value ->> 'status'
+        WHEN text.status IN ('open', 'triaged', 'verified', 'resolved', 'dismissed')
+            THEN text.status
     END AS known
 ) AS status
 WHERE found.reason IS NOT NULL OR jsonb_typeof(found.value) = 'object'

@@ -29,16 +29,31 @@ WHERE
 
 -- name: choose
 -- Of the valid envelopes with one dedupe key the earliest by span end counts, in one span the first.
+-- Hardly any key is there twice: only those are sorted, and only their spans looked up.
+WITH repeated AS MATERIALIZED (
+    SELECT hashtextextended(dedupe_key, 0) AS hash
+    FROM candidates
+    WHERE state = 'valid'
+    GROUP BY hash
+    HAVING count(*) > 1
+)
+
 INSERT INTO chosen (candidate, project_id, dedupe_key, ref, ended_ns)
-SELECT DISTINCT ON (candidate.dedupe_key COLLATE "C", candidate.project_id)
-    candidate.id, candidate.project_id, candidate.dedupe_key, candidate.ref, candidate.ended_ns
-FROM candidates AS candidate
-JOIN staged_spans AS span ON span.id = candidate.span
-WHERE candidate.state = 'valid'
-ORDER BY
-    -- The key first: it tells rows apart, the project hardly ever.
-    candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
-    span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
+SELECT id, project_id, dedupe_key, ref, ended_ns
+FROM candidates
+WHERE state = 'valid' AND hashtextextended(dedupe_key, 0) NOT IN (SELECT hash FROM repeated)
+UNION ALL
+(
+    SELECT DISTINCT ON (candidate.dedupe_key COLLATE "C", candidate.project_id)
+        candidate.id, candidate.project_id, candidate.dedupe_key, candidate.ref, candidate.ended_ns
+    FROM repeated
+    JOIN candidates AS candidate ON hashtextextended(candidate.dedupe_key, 0) = repeated.hash
+    JOIN staged_spans AS span ON span.id = candidate.span
+    WHERE candidate.state = 'valid'
+    ORDER BY
+        candidate.dedupe_key COLLATE "C", candidate.project_id, candidate.ended_ns,
+        span.trace_id COLLATE "C", span.span_id COLLATE "C", candidate.position, candidate.id
+)
 
 -- name: leave
 -- What is not stored, but reported so lately that its POST may be under way.
@@ -133,7 +148,15 @@ WITH compared AS MATERIALIZED (
     SELECT
         candidate.id AS candidate,
         item.id AS item_id,
-        array_remove(
+        -- Told one by one only of items that differ.
+        CASE WHEN item.id IS NOT NULL AND (
+            item.item_type, item.title, nullif(item.ref, ''), item.session_id, item.trace_id,
+            item.span_id, item.capability, item.capability_version, item.schema_ref
+        ) IS DISTINCT FROM (
+            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
+            candidate.trace_id, candidate.span_id, candidate.capability,
+            candidate.capability_version, candidate.schema_ref
+        ) THEN array_remove(
             ARRAY[
                 CASE WHEN item.item_type IS DISTINCT FROM candidate.item_type THEN 'item_type' END,
                 CASE WHEN item.title IS DISTINCT FROM candidate.title THEN 'title' END,
@@ -156,7 +179,7 @@ WITH compared AS MATERIALIZED (
                 END
             ],
             NULL
-        ) AS columns,
+        ) ELSE '{}' END AS columns,
         CASE
             WHEN item.id IS NULL THEN false
             WHEN record_image_eq(ROW(item.data), ROW(candidate.data)) THEN true

@@ -46,8 +46,11 @@ def read_spans(
                 copy(connection, _SQL["copy"], opened.stream(*table.query(selection, projects)))
 
     retrying(read, log)
-    connection.execute(_SQL["drop_repeats"])
-    return dict(connection.execute(_SQL["by_project"]).fetchall())
+    counted = connection.execute(_SQL["by_project"]).fetchall()
+    if any(are_repeated for _, _, are_repeated in counted):
+        connection.execute(_SQL["drop_repeats"])
+        counted = connection.execute(_SQL["by_project"]).fetchall()
+    return {project: spans for project, spans, _ in counted}
 
 
 def copy(connection: Connection, statement: LiteralString, answer: Iterable[bytes]) -> None:

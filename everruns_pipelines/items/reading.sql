@@ -30,7 +30,16 @@ DELETE FROM staged_spans USING (
 WHERE staged_spans.id = delivered.id AND delivered.number > 1
 
 -- name: by_project
-SELECT project_id::text, sum(spans)::bigint
-FROM (SELECT project, count(*) AS spans FROM staged_spans GROUP BY project) AS counted
+-- How many spans there are of each project, and whether any may be a repeat of another.
+SELECT project_id::text, sum(spans)::bigint, bool_or(are_repeated)
+FROM (
+    SELECT project, sum(spans) AS spans, bool_or(spans > 1) AS are_repeated
+    FROM (
+        SELECT project, count(*) AS spans
+        FROM staged_spans
+        GROUP BY project, hashtextextended(span_id, hashtextextended(trace_id, 0))
+    ) AS alike
+    GROUP BY project
+) AS counted
 LEFT JOIN staged_projects ON name = project
 GROUP BY project_id

@@ -13,10 +13,13 @@ CREATE TEMP TABLE staged_spans (
     span_id text NOT NULL,
     run_id text NOT NULL,
     project_name text NOT NULL,
-    -- As in projects.sql: what looks like a UUID may be spelled in capitals.
+    -- As in projects.sql: what looks like a UUID may be spelled in capitals. Hardly any is, which is
+    -- found out at less cost than what it looks like.
     project text GENERATED ALWAYS AS (
         CASE
-            WHEN char_length(project_name) BETWEEN 32 AND 36 AND project_name ~ '^[0-9A-Fa-f-]+$'
+            WHEN project_name <> lower(project_name COLLATE "C")
+                AND char_length(project_name) BETWEEN 32 AND 36
+                AND project_name ~ '^[0-9A-Fa-f-]+$'
                 THEN lower(project_name)
             ELSE project_name
         END
@@ -31,8 +34,9 @@ CREATE TEMP TABLE staged_spans (
     complete boolean NOT NULL CHECK (complete)
 );
 
--- Most are readable: the others are found without passing over all.
+-- Most are readable, and not refused: the others are found without passing over all.
 CREATE INDEX ON staged_spans (state) WHERE state <> 'readable';
+CREATE INDEX ON staged_spans (id) WHERE refused;
 
 -- Values that did not come along in a readable span: cut out of a damaged one, or fetched.
 CREATE TEMP TABLE staged_values (
@@ -76,8 +80,9 @@ CREATE TEMP TABLE candidates (
     data jsonb STORAGE EXTERNAL
 );
 
--- Most are valid, likewise.
+-- Most are valid and name no links, likewise.
 CREATE INDEX ON candidates (state) WHERE state <> 'valid';
+CREATE INDEX ON candidates (id) WHERE links IS NOT NULL;
 
 -- One candidate per dedupe key. A later round holds those whose ref an earlier one set free.
 CREATE TEMP TABLE chosen (
