@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Timer
+from threading import Event, Timer
 from typing import TYPE_CHECKING, Any, LiteralString, TypeAlias, TypeVar
 
 from pydantic import SecretStr
@@ -216,14 +216,15 @@ def _cut_after(connection: Connection, seconds: float | None) -> Generator[None]
         return
     import psycopg
 
+    is_over = Event()
     with socket.socket(fileno=os.dup(connection.fileno())) as own:
-        timer = Timer(seconds, _shut, [own])
+        timer = Timer(seconds, _shut, [own, is_over])
         timer.daemon = True
         timer.start()
         try:
             yield
         except psycopg.OperationalError:
-            if not timer.finished.is_set():
+            if not is_over.is_set():
                 raise
             raise Refusal(
                 f"PostgreSQL has not answered within {seconds:g} s", code="unavailable", status=503
@@ -232,7 +233,8 @@ def _cut_after(connection: Connection, seconds: float | None) -> Generator[None]
             timer.cancel()
 
 
-def _shut(connection: socket.socket) -> None:
+def _shut(connection: socket.socket, is_over: Event) -> None:
+    is_over.set()  # first: whoever waits for an answer fails at once, and asks why
     with suppress(OSError):  # closed meanwhile
         connection.shutdown(socket.SHUT_RDWR)
 

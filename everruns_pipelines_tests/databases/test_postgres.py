@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from threading import Event
 from time import monotonic
 from urllib.parse import quote
 
@@ -230,6 +231,29 @@ def test_a_server_that_freezes_costs_no_more_than_the_time_allowed(
     with pytest.raises(Refusal, match="PostgreSQL has not answered within 1 s"):
         ask()
     assert monotonic() - began < 5
+
+
+def test_a_connection_that_was_cut_says_so_while_the_timer_is_still_at_it(
+    postgres: PostgresDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutdown, told = socket.socket.shutdown, Event()
+
+    def shut_and_linger(connection: socket.socket, how: int) -> None:
+        shutdown(connection, how)
+        told.wait(5)
+
+    monkeypatch.setattr("socket.socket.shutdown", shut_and_linger)
+
+    def ask() -> None:
+        with postgres.connect(within=1) as own:
+            own.execute("SET statement_timeout = 0")
+            own.execute("SELECT pg_sleep(600)")
+
+    try:
+        with pytest.raises(Refusal, match="PostgreSQL has not answered within 1 s"):
+            ask()
+    finally:
+        told.set()
 
 
 def test_a_server_that_accepts_and_never_answers_costs_no_more_than_the_time_allowed() -> None:
