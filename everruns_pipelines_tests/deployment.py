@@ -16,6 +16,8 @@ from shutil import copy
 from typing import Any
 from urllib import request
 
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+
 ROOT = Path(__file__).parents[1]
 _HEALING_SENSORS = ("reporting_healing_sensor", "item_failures_sensor")
 _NAMED = """
@@ -148,6 +150,14 @@ def run_commands(page: str, live: LiveDeployment, directory: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def failed_a_moment_ago(instance: DagsterInstance, job: str) -> DagsterRun:
+    """A run of which Dagster has stored that it failed, and not yet whether it is tried again."""
+    run = instance.add_run(DagsterRun(job, status=DagsterRunStatus.STARTED))
+    failed = DagsterEvent(DagsterEventType.RUN_FAILURE.value, job, message="it died")
+    instance.run_storage.handle_run_event(run.run_id, failed)
+    return run
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:

@@ -15,6 +15,7 @@ from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, Postgre
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.alerts import Memory, Problem, tell
 from everruns_pipelines.orchestration.checks import evaluations
+from everruns_pipelines.orchestration.retries import may_be_retried
 from everruns_pipelines.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ _MOST_COUNTED = 10_000
 _RUNS_PER_TICK = 200
 _RESULTS_PER_TICK = 10
 _HEALTH = "/assets/pipeline_health"
-# Set by Dagster when a run fails.
-_WILL_RETRY = "dagster/will_retry"
 
 
 def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.SensorDefinition]:
@@ -109,7 +108,7 @@ def _failed_runs(
             continue
         if run.status == dg.DagsterRunStatus.SUCCESS:
             memory.failed.pop(_subject(run), None)
-        elif run.tags.get(_WILL_RETRY) != "true":
+        elif not may_be_retried(instance, run):
             ended = record.end_time or record.update_timestamp.timestamp()
             _, since = memory.failed.get(_subject(run), ("", ended))
             memory.failed[_subject(run)] = (run.run_id, since)

@@ -16,7 +16,7 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunSta
 from dagster._core.definitions.selector import JobSubsetSelector
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.remote_representation.external import RemoteJob
-from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG
 from dagster._core.workspace.context import IWorkspaceProcessContext, WorkspaceRequestContext
 from dagster_graphql.implementation.execution.run_lifecycle import create_valid_pipeline_run
 from dagster_graphql.implementation.utils import ExecutionMetadata, ExecutionParams
@@ -25,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.orchestration.coordinator import labels
+from everruns_pipelines.orchestration.retries import may_be_retried
 
 TOKEN_TAG = "everruns/token"  # noqa: S105, the name of a tag
 KEY_TAG = "everruns/idempotency_key"
@@ -182,7 +183,7 @@ class Runs:
         return [
             run
             for run in runs
-            if run.tags.get(WILL_RETRY_TAG) != "true" or AUTO_RETRY_RUN_ID_TAG in run.tags
+            if not may_be_retried(self._instance, run) or AUTO_RETRY_RUN_ID_TAG in run.tags
         ]
 
     def _launch(self, wanted: Wanted) -> str:

@@ -18,6 +18,7 @@ from everruns_pipelines.reporting import database
 from everruns_pipelines.reporting.automation import reporting_healing_sensor
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import failed_a_moment_ago
 from everruns_pipelines_tests.receiver import Receiver
 from everruns_pipelines_tests.reporting.world import drain_all
 
@@ -161,6 +162,22 @@ def test_a_run_that_failed_for_good_is_told_until_one_succeeds(
     watch.tick()
     [over] = receiver.news()
     assert over["title"] == "everruns_pipelines: over: project_reporting failed"
+
+
+def test_a_failed_run_is_told_once_it_is_decided_that_it_is_not_tried_again(
+    receiver: Receiver, environment: dict[str, str], connection: Connection
+) -> None:
+    database.prepare(connection)
+    with dg.instance_for_test(overrides={"run_retries": {"enabled": True}}) as instance:
+        watch = Watch(instance, environment)
+        watch.tick()
+        run = failed_a_moment_ago(instance, "project_reporting")
+        watch.tick()
+        assert receiver.news() == []
+        instance.add_run_tags(run.run_id, {"dagster/will_retry": "false"})
+        watch.tick()
+        [told] = receiver.news()
+    assert told["title"] == "everruns_pipelines: project_reporting failed"
 
 
 def test_a_failed_check_is_told_with_what_repairs_it(
