@@ -2,7 +2,7 @@
 
 -- Of this connection alone. What is staged is passed over several times: rather from memory than
 -- from files. Memoize would keep copies of every payload and never use one again.
-SET temp_buffers = '128MB';
+SET temp_buffers = '256MB';
 SET work_mem = '64MB';
 SET enable_memoize = off;
 
