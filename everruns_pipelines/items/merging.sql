@@ -69,7 +69,21 @@ WHERE
 -- name: refs
 -- One ref, one item. Whoever holds it in the table keeps it, else the earliest envelope.
 -- An item that was given another ref in an earlier round holds its old one no longer.
-WITH claims AS (
+-- Hardly any ref is claimed twice, or held by another item: only those are sorted and looked into.
+WITH disputed AS MATERIALIZED (
+    SELECT hashtextextended(ref, 0) AS hash
+    FROM chosen
+    WHERE ref IS NOT NULL
+    GROUP BY hash
+    HAVING count(*) > 1
+    UNION ALL
+    SELECT hashtextextended(chosen.ref, 0)
+    FROM chosen
+    JOIN items AS holder ON holder.project_id = chosen.project_id AND holder.ref = chosen.ref
+    WHERE chosen.round = %(round)s AND holder.dedupe_key IS DISTINCT FROM chosen.dedupe_key
+),
+
+claims AS (
     SELECT
         chosen.candidate,
         coalesce(holder.dedupe_key = chosen.dedupe_key, false) AS is_held,
@@ -91,7 +105,9 @@ WITH claims AS (
         ON taken.round < %(round)s
         AND taken.project_id = chosen.project_id
         AND taken.ref = chosen.ref
-    WHERE chosen.ref IS NOT NULL AND chosen.round = %(round)s
+    WHERE
+        chosen.round = %(round)s
+        AND hashtextextended(chosen.ref, 0) IN (SELECT hash FROM disputed)
 ),
 
 lost AS (
