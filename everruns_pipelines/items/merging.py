@@ -44,7 +44,7 @@ def merge(
     connection.execute(_SQL["choose"])
     underway = 0 if grace is None else connection.execute(_SQL["leave"], {"grace": grace}).rowcount
     done = Merged(underway=underway)
-    connection.execute("ANALYZE chosen")
+    connection.execute("ANALYZE chosen (candidate, round)")
     for number in count():
         connection.execute(_SQL["refs"], {"round": number})
         for batch in batches(connection, number):
