@@ -20,7 +20,7 @@ from everruns_pipelines.settings import Settings
 HELP = "start Dagster's UI and daemon on this machine"
 
 _LARGEST_PORT = 65535
-# Held in Dagster's storage: a second daemon would launch every scheduled run twice.
+# Held in Dagster's storage: there is to be one daemon, so that each sensor ticks once.
 _DAEMON_LOCK = 0x6576_7270_6461_656D
 # Every opening of the embedded ClickHouse leaves seven files open, and the items' sensor opens it
 # every minute: shells allow 1,024.
@@ -120,8 +120,8 @@ def _only_daemon(settings: Settings) -> Generator[None]:
         row = connection.execute("SELECT pg_try_advisory_lock(%s)", [_DAEMON_LOCK]).fetchone()
         if row != (True,) or _beats(connection):
             raise Refusal(
-                "Another daemon works on the same storage of Dagster: two would launch every run "
-                "twice. Stop it, or set EVERRUNS_HOME or EVERRUNS_DAGSTER_POSTGRES_URL to another",
+                "Another daemon works on the same storage of Dagster, and there is to be one. "
+                "Stop it, or set EVERRUNS_HOME or EVERRUNS_DAGSTER_POSTGRES_URL to another",
                 code="locked",
                 status=409,
             )

@@ -17,6 +17,7 @@ from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embe
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.reporting.backfill import GLOBAL_LOCK
 from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines_tests.deployment import free_port
 from everruns_pipelines_tests.reporting.world import wait_until, waiting
 
 _MAIN = "from everruns_pipelines.commands.main import main; main()"
@@ -64,7 +65,7 @@ def test_a_second_dev_on_the_same_storage_is_refused(
 ) -> None:
     with psycopg.connect(postgres_url, autocommit=True) as first:
         first.execute("SELECT pg_advisory_lock(%s)", [0x6576_7270_6461_656D])
-        assert main.run(["dev", "--port", _free_port()]) == 2
+        assert main.run(["dev", "--port", str(free_port())]) == 2
     assert "Another daemon works on the same storage" in capsys.readouterr().err
 
 
@@ -76,7 +77,7 @@ def test_a_daemon_of_another_kind_is_found_by_its_heartbeat(
     storage.execute(beat)
     monkeypatch.setattr(dev, "_pause", lambda: storage.execute(beat))
 
-    assert main.run(["dev", "--port", _free_port()]) == 2
+    assert main.run(["dev", "--port", str(free_port())]) == 2
 
     assert "Another daemon works on the same storage" in capsys.readouterr().err
 
@@ -90,7 +91,7 @@ def test_a_daemon_that_is_gone_keeps_nobody_off(
     monkeypatch.setattr(dev, "_pause", lambda: storage.execute(age))
     monkeypatch.setattr(dev, "_run_dagster", _start)
 
-    assert main.run(["dev", "--port", _free_port()]) == 0
+    assert main.run(["dev", "--port", str(free_port())]) == 0
 
 
 @pytest.mark.deploy
@@ -99,7 +100,7 @@ def test_started_in_the_background_in_any_directory_it_ends_when_told_to_and_its
     tmp_path: Path, told: signal.Signals
 ) -> None:
     home = tmp_path / "home"
-    port = _free_port()
+    port = str(free_port())
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"},
         "EVERRUNS_HOME": str(home),
@@ -140,9 +141,3 @@ def test_started_in_the_background_in_any_directory_it_ends_when_told_to_and_its
     with psycopg.connect(embedded_postgres_url(home, DAGSTER_DATABASE)) as storage:
         ended = storage.execute("SELECT status FROM runs WHERE run_id = %s", [run]).fetchone()
     assert ended in {("CANCELED",), ("FAILURE",)}
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -155,10 +155,8 @@ def test_what_a_killed_process_held_is_free_within_seconds_though_its_statement_
         wait_until(lambda: value(connection, held), "the lock to be held")
         holder.kill()
         holder.wait()
-        began = monotonic()
         with transaction(connection):
-            wait_for_lock(connection, 7, "a test")
-        assert monotonic() - began < 10
+            wait_for_lock(connection, 7, "a test", 20)
 
 
 def test_who_waits_for_an_advisory_lock_in_vain_is_told_who_holds_it(
