@@ -163,8 +163,8 @@ class Copies:
                     executor.submit(self._copy, tables, first, "completed")
                     for tables in (["events"], others)
                 ]
-                for copied_ in copying:
-                    copied_.result()
+                for half in copying:
+                    half.result()
         self.connection.execute("CHECKPOINT")
 
     def projected(self, worker: Connection, batches: Generator[Drained]) -> Cost:
