@@ -81,7 +81,9 @@ def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
     )
 
 
-# OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
+# LIMIT: in this order, whatever the statistics say of a table that grows, or of a selection. And an
+# event that lies in both tables, as after a restore, is one: it would fail all that is projected
+# with it.
 _LOOKED_UP = """
 SELECT {columns}
 FROM (
@@ -92,7 +94,7 @@ FROM (
 CROSS JOIN LATERAL (
     SELECT * FROM {rows} AS source
     WHERE source.id = selection.source_id {of_org} {of_types}
-    OFFSET 0
+    LIMIT 1
 ) AS source
 """
 
