@@ -109,7 +109,7 @@ def test_whatever_the_defaults_of_the_database_the_facts_are_right(
 
 
 def test_dagsters_storage_may_have_several_hosts_and_options_too(
-    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = connection.info
     hosts = f"127.0.0.1:1,{quote(info.host, safe='')}:{info.port}"
@@ -126,9 +126,7 @@ def test_dagsters_storage_may_have_several_hosts_and_options_too(
     assert connection.execute("SELECT run_id FROM dagster.runs").fetchall() == [(run_id,)]
 
 
-def test_of_several_hosts_one_that_answers_is_enough(
-    connection: Connection, postgres_url: str
-) -> None:
+def test_of_several_hosts_one_that_answers_is_enough(connection: Connection) -> None:
     info = connection.info
     hosts = f"127.0.0.1:1,{quote(info.host, safe='')}:{info.port}"
 
