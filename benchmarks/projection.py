@@ -7,13 +7,15 @@ rows cost, whether the end of a long queue is as fast as its beginning, and how 
 takes as the data grows.
 """
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from everruns_pipelines.databases.embedded.servers import embedded_postgres_url,
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES, Fact, Projection, Source
 from everruns_pipelines.reporting.database import prepare
-from everruns_pipelines.reporting.drain import drain_in_parallel
+from everruns_pipelines.reporting.drain import drain, drain_in_parallel
 from everruns_pipelines.reporting.projector import projections_of
 from everruns_pipelines.reporting.query import EVERYTHING, projected_rows
 from everruns_pipelines.settings import Settings
@@ -62,6 +64,7 @@ def main() -> None:
             *failing(home),
             *long_queue(home),
             *memory(home),
+            *over_tcp(home),  # the last one: it leaves no server
         ):
             table.add_row(*row)
     Console(width=120).print(table)
@@ -120,26 +123,24 @@ def speed(home: Path) -> Generator[Row]:
         connection.execute("VACUUM ANALYZE")
     per_row: list[Cost] = []
     projected: list[Cost] = []
+    alone: list[Cost] = []
     bare: list[Cost] = []
     bare_twice: list[Cost] = []
     for number in range(ROUNDS):
-        with database(home, f"row_by_row_{number}", like="sample") as connection:
-            connection.prepare_threshold = 5  # as an application's driver does
-            per_row.append(measured(home, lambda c=connection: project_row_by_row(c)))
+        per_row.append(row_by_row(home, number))
         with database(home, f"bare_{number}", like="sample") as connection:
             bare.append(measured(home, lambda c=connection: insert_bare(c)))
-        with database(home, f"set_{number}", like="sample"):
-            postgres = postgres_of(home, f"set_{number}")
-            projected.append(measured(home, lambda p=postgres: project(p)))
+        projected.append(set_based(home, number))
+        with database(home, f"by_one_{number}", like="sample") as connection:
+            alone.append(measured(home, lambda c=connection: project_alone(c)))
         with database(home, f"twice_{number}", like="sample"):
             postgres = postgres_of(home, f"twice_{number}")
             bare_twice.append(measured(home, lambda p=postgres: insert_bare_halves(p)))
 
-    def least(costs: list[Cost], of: str) -> float:
-        return min(float(getattr(cost, of)) for cost in costs)
-
-    def row(what: str, of: str, base: list[Cost], target: str) -> Row:
-        ours, theirs = least(projected, of), least(base, of)
+    def row(
+        what: str, of: str, base: list[Cost], target: str, costs: list[Cost] = projected
+    ) -> Row:
+        ours, theirs = least(costs, of), least(base, of)
         scale = 1e6 / rows
         return (
             what,
@@ -148,8 +149,6 @@ def speed(home: Path) -> Generator[Row]:
             target,
         )
 
-    row_by_row = least(per_row, "wall") / ROW_BY_ROW_SAMPLE
-    set_based = least(projected, "wall") / rows
     yield row(
         f"project {rows:,} source rows, against a bare insert: processor time",
         "processor",
@@ -158,33 +157,119 @@ def speed(home: Path) -> Generator[Row]:
     )
     # Two at once: where two processors share a core, each takes longer for the same work.
     yield row("the same, against two bare inserts: processor time", "processor", bare_twice, "")
+    yield row("one projector, against one: processor time", "processor", bare, "", alone)
     yield row("two projectors, against one bare insert: wall", "wall", bare, "at most 1.4 x")
     yield row("two projectors, against two bare inserts: wall", "wall", bare_twice, "at most 1.8 x")
-    yield (
-        f"against row by row ({ROW_BY_ROW_SAMPLE:,} rows): wall",
-        f"{1 / set_based:,.0f} against {1 / row_by_row:,.0f} rows/s",
-        f"{row_by_row / set_based:.1f} x",
+    yield against_row_by_row("", rows, projected, per_row)
+
+
+def least(costs: Sequence[Cost], of: str) -> float:
+    return min(float(getattr(cost, of)) for cost in costs)
+
+
+def against_row_by_row(
+    where: str, rows: int, projected: Sequence[Cost], row_by_row: Sequence[Cost]
+) -> Row:
+    theirs = ROW_BY_ROW_SAMPLE / least(row_by_row, "wall")
+    ours = rows / least(projected, "wall")
+    return (
+        f"against row by row ({ROW_BY_ROW_SAMPLE:,} rows){where}: wall",
+        f"{ours:,.0f} against {theirs:,.0f} rows/s",
+        f"{ours / theirs:.1f} x",
         "at least 25 x",
     )
 
 
-def enqueues(home: Path) -> Generator[Row]:
-    """How long the application waits for its enqueues."""
-    with database(home, "alone", like="sample"):
-        alone = enqueue_times(postgres_of(home, "alone"), lambda: time.sleep(ENQUEUE_SECONDS))
-    with database(home, "beside", like="sample"):
-        postgres = postgres_of(home, "beside")
-        beside = enqueue_times(postgres, lambda: project(postgres))
-    few, many = (sorted(times)[len(times) * 99 // 100] for times in (alone, beside))
-    yield (
-        "an enqueue of the application beside a full drain, 99th percentile",
-        f"{many * 1000:.1f} against {few * 1000:.1f} ms without",
-        f"{many / few:.1f} x",
-        "at most 2 x, under 300 ms",
+def row_by_row(home: Path, number: int) -> Cost:
+    with database(home, f"row_by_row_{number}", like="sample") as connection:
+        connection.prepare_threshold = 5  # as an application's driver does
+        return measured(home, lambda: project_row_by_row(connection))
+
+
+def set_based(home: Path, number: int) -> Cost:
+    name = f"set_{number}"
+    with database(home, name, like="sample"):
+        postgres = postgres_of(home, name)
+        return measured(home, lambda: project(postgres))
+
+
+def over_tcp(home: Path) -> Generator[Row]:
+    """The same on a server that is reached over TCP alone. Stops the server."""
+    answer = subprocess.run(
+        [sys.executable, "-c", "import benchmarks.projection as b; b.print_over_tcp()", home],
+        stdout=subprocess.PIPE,
+        check=True,
     )
+    what, figures, ratio, target = json.loads(answer.stdout)
+    yield what, figures, ratio, target
 
 
-def enqueue_times(postgres: PostgresDatabase, work: Callable[[], object]) -> list[float]:
+def print_over_tcp() -> None:
+    """Start the server of the first argument anew, over TCP, measure, and stop it."""
+    home = Path(sys.argv[1])
+    data = home / "postgres"
+    postmaster = (data / "postmaster.pid").read_text().split()[0]
+    pg_ctl = Path(f"/proc/{postmaster}/exe").resolve().with_name("pg_ctl")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def control(*arguments: str | Path) -> None:
+        subprocess.run(
+            [pg_ctl, "-D", data, "-w", *arguments],
+            stdout=subprocess.DEVNULL,
+            user=data.stat().st_uid,
+            check=True,
+        )
+
+    control("stop")
+    control("start", "-l", data / "log", "-o", f"-h 127.0.0.1 -p {port} -k ''")
+    with psycopg.connect(embedded_postgres_url(home, "sample")) as connection:
+        assert connection.info.host == "127.0.0.1"
+        [(rows,)] = connection.execute("SELECT count(*) FROM reporting_outbox").fetchall()
+    costs = [(set_based(home, n), row_by_row(home, n)) for n in range(ROUNDS, 2 * ROUNDS)]
+    projected, per_row = zip(*costs, strict=True)
+    print(json.dumps(against_row_by_row(", over TCP", rows, projected, per_row)))
+    control("stop")
+
+
+def enqueues(home: Path) -> Generator[Row]:
+    """How long the application waits for its enqueues: for its own commit, which waits until the
+    disk has all that anybody has written. So do those beside two bare inserts.
+    """
+    alone: list[float] = []
+    beside: list[float] = []
+    beside_bare: list[float] = []
+    for number in range(ROUNDS):
+        for name, times, work in (
+            ("alone", alone, do_nothing),
+            ("beside", beside, project),
+            ("beside_bare", beside_bare, insert_bare_halves),
+        ):
+            with database(home, f"{name}_{number}", like="sample"):
+                times += enqueue_times(postgres_of(home, f"{name}_{number}"), work)
+
+    def slowest(times: list[float]) -> float:
+        return 1000 * sorted(times)[len(times) * 99 // 100]
+
+    for what, times, target in (
+        ("a full drain", beside, "at most 2 x, under 300 ms"),
+        ("two bare inserts", beside_bare, ""),
+    ):
+        yield (
+            f"an enqueue of the application beside {what}, 99th percentile",
+            f"{slowest(times):.1f} against {slowest(alone):.1f} ms without",
+            f"{slowest(times) / slowest(alone):.1f} x",
+            target,
+        )
+
+
+def do_nothing(_: PostgresDatabase) -> None:
+    time.sleep(ENQUEUE_SECONDS)
+
+
+def enqueue_times(
+    postgres: PostgresDatabase, work: Callable[[PostgresDatabase], None]
+) -> list[float]:
     """Enqueue 100 rows a second while `work` is done; the seconds that each took."""
     over = Event()
     times: list[float] = []
@@ -200,7 +285,7 @@ def enqueue_times(postgres: PostgresDatabase, work: Callable[[], object]) -> lis
     with ThreadPoolExecutor(1) as executor:
         enqueueing = executor.submit(enqueue)
         try:
-            work()
+            work(postgres)
         finally:
             over.set()
         enqueueing.result()
@@ -315,6 +400,11 @@ def print_peak() -> None:
 
 def project(postgres: PostgresDatabase) -> None:
     for _ in drain_in_parallel(postgres):
+        pass
+
+
+def project_alone(connection: Connection) -> None:
+    for _ in drain(connection, max_attempts=12):
         pass
 
 

@@ -26,6 +26,10 @@ _SHORTEST_POLL, _LONGEST_POLL = 0.25, 2.0
 _TIMEOUT = 30.0
 _FINISHED = {"SUCCESS", "FAILURE", "CANCELED"}
 _AWAY = {502, 503, 504}
+# Dagster's, on a run that failed: whether it is launched again, and the run that was.
+_WILL_RETRY_TAG, _RETRIED_AS_TAG = "dagster/will_retry", "dagster/auto_retry_run_id"
+# Whether it is stands on the run a moment after that it failed; never, where runs are not retried.
+_UNDECIDED_ANSWERS = 3
 _REMAINS = re.compile(r"(\d+) rows claimed.* (\d+) remain$")
 
 
@@ -122,7 +126,10 @@ class Deployment:
         raise Refusal(messages[0], errors=tuple(FieldError(("config",), one) for one in messages))
 
     def follow(self, run_id: str, tell: Tell = _tell_nobody) -> Counts:
-        """Wait for the end of a run; the counts that each op answered.
+        """Wait for the end of a run, and of the one that Dagster launches in its place if it dies.
+
+        Returns:
+            The counts that each op answered.
 
         Raises:
             Refusal: the run refused the request.
@@ -145,7 +152,11 @@ class Deployment:
                 heard = time.monotonic()
                 new = seen.take_in(answer, tell)
                 if seen.is_complete:
-                    return seen.result(run_id)
+                    retry = seen.tags.get(_RETRIED_AS_TAG)
+                    if retry is None:
+                        return seen.result(run_id)
+                    tell(Progress(f"Run {run_id} died and is done again: {self.page(retry)}"))
+                    return self.follow(retry, tell)
                 pause = _SHORTEST_POLL if new else pause
                 if seen.has_more:
                     continue
@@ -258,13 +269,21 @@ class _Seen:
     cursor: str | None = None
     has_more: bool = True
     status: str = "QUEUED"
+    tags: dict[str, str] = field(default_factory=dict[str, str])
+    undecided_answers: int = 0
     counts: Counts = field(default_factory=Counts)
     failure: str | None = None
     refusal: Refusal | None = None
 
     @property
     def is_complete(self) -> bool:
-        return self.status in _FINISHED and not self.has_more
+        if self.status not in _FINISHED or self.has_more:
+            return False
+        if self.status != "FAILURE":
+            return True
+        if _WILL_RETRY_TAG not in self.tags:
+            return self.undecided_answers == _UNDECIDED_ANSWERS
+        return self.tags[_WILL_RETRY_TAG] != "true" or _RETRIED_AS_TAG in self.tags
 
     def take_in(self, answer: Mapping[str, Any], tell: Tell) -> bool:
         """Remember what is new; whether anything was."""
@@ -272,7 +291,10 @@ class _Seen:
         if run["__typename"] != "Run":
             raise RunFailure(f"The run is gone: {run['message']}")
         self.status = run["status"]
+        self.tags = {tag["key"]: tag["value"] for tag in run["tags"]}
         self.cursor, self.has_more = log["cursor"], log["hasMore"]
+        if self.status == "FAILURE" and not self.has_more:
+            self.undecided_answers += 1
         for event in log["events"]:
             self._take_in_event(event, tell)
         return bool(log["events"])
@@ -349,7 +371,11 @@ query FindRun($tags: [ExecutionTag!]) {
 
 _FOLLOW = """
 query Follow($run: ID!, $after: String) {
-  runOrError(runId: $run) { __typename ... on Run { status } ... on Error { message } }
+  runOrError(runId: $run) {
+    __typename
+    ... on Run { status tags { key value } }
+    ... on Error { message }
+  }
   logsForRun(runId: $run, afterCursor: $after, limit: 1000) {
     ... on EventConnection {
       cursor

@@ -9,9 +9,11 @@ from typing import Any, Self
 
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres.utils import DagsterPostgresException
 from sqlalchemy import URL, event
 from sqlalchemy.exc import DisconnectionError
 
+from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 
 # A run over a range of days writes its events together: one by one takes minutes for a year.
@@ -45,12 +47,16 @@ class EverrunsDagsterStorage(DagsterPostgresStorage):
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:  # noqa: ARG003
-        """The storage that the environment asks for; `config_value` is empty."""
-        storage = cls(
-            postgres_url=_for_sqlalchemy(storage_url(Settings.from_environment())),
-            should_autocreate_tables=True,
-            inst_data=inst_data,
-        )
+        """The storage that the environment asks for; `config_value` is empty.
+
+        Raises:
+            Refusal: it cannot be reached.
+        """
+        url = _for_sqlalchemy(storage_url(Settings.from_environment()))
+        try:
+            storage = cls(postgres_url=url, should_autocreate_tables=True, inst_data=inst_data)
+        except DagsterPostgresException:
+            raise unreachable() from None
         for part, names in _ASKED_ONCE.items():
             of = getattr(storage, part)
             for name in names:
@@ -102,6 +108,15 @@ def storage_url(settings: Settings) -> str:
     )
 
     return embedded_postgres_url(settings.home, DAGSTER_DATABASE)
+
+
+def unreachable() -> Refusal:
+    """What to raise about a storage that does not answer, or does not let us in."""
+    return Refusal(
+        "Dagster's storage cannot be used: `everruns-pipelines doctor` says why",
+        code="unavailable",
+        status=503,
+    )
 
 
 def _for_sqlalchemy(url: str) -> str:

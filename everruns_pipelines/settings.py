@@ -1,6 +1,6 @@
 """The environment, read once: every variable a user can set, its default, and its error.
 
-Nothing else in the package reads `os.environ` for configuration.
+Nothing else in the package reads a variable of ours from `os.environ`.
 """
 
 import json

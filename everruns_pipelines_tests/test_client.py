@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,9 +27,18 @@ JOBS = {
 LAUNCHED = {"launchRun": {"__typename": "LaunchRunSuccess", "run": {"runId": "run-1"}}}
 
 
-def followed(status: str, *events: dict[str, Any], more: bool = False) -> dict[str, Any]:
+FOR_GOOD = {"dagster/will_retry": "false"}
+
+
+def followed(
+    status: str,
+    *events: dict[str, Any],
+    more: bool = False,
+    tags: Mapping[str, str] = FOR_GOOD,
+) -> dict[str, Any]:
+    told = [{"key": key, "value": value} for key, value in tags.items()]
     return {
-        "runOrError": {"__typename": "Run", "status": status},
+        "runOrError": {"__typename": "Run", "status": status, "tags": told},
         "logsForRun": {"cursor": "c", "hasMore": more, "events": list(events)},
     }
 
@@ -264,6 +273,28 @@ def test_a_run_that_fails_is_a_failure(
     status = "CANCELED" if "Canceled" in event["__typename"] else "FAILURE"
     webserver.script = [("Follow", followed(status, event))]
     with pytest.raises(RunFailure, match=f"Run run-1 failed: {reason}$"):
+        Deployment(webserver.url).follow("run-1")
+
+
+def test_a_run_that_died_is_followed_to_the_one_in_its_place(webserver: Webserver) -> None:
+    again = {"dagster/will_retry": "true"}
+    webserver.script = [
+        ("Follow", followed("FAILURE", tags={})),
+        ("Follow", followed("FAILURE", tags=again)),
+        ("Follow", followed("FAILURE", tags={**again, "dagster/auto_retry_run_id": "run-2"})),
+        ("Follow", followed("QUEUED", tags={})),
+        ("Follow", followed("SUCCESS", output("enqueue", enqueued=3), tags={})),
+    ]
+    told: list[str] = []
+    counts = Deployment(webserver.url).follow("run-1", lambda said: told.append(said.message))
+    assert counts == {"enqueue": {"enqueued": 3}}
+    assert told == [f"Run run-1 died and is done again: {webserver.url}/runs/run-2"]
+    assert [asked["variables"]["run"] for _, asked in webserver.requests][-2:] == ["run-2"] * 2
+
+
+def test_where_runs_are_not_retried_a_failure_is_final(webserver: Webserver) -> None:
+    webserver.script = [("Follow", followed("FAILURE", tags={}))] * 3
+    with pytest.raises(RunFailure, match="Run run-1 failed"):
         Deployment(webserver.url).follow("run-1")
 
 

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from benchmarks.operations._platform import sample
 from benchmarks.operations._table import Row, show
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
-from everruns_pipelines_tests.deployment import live_deployment
+from everruns_pipelines_tests.deployment import live_deployment, until
 
 PER_SECOND = 100
 SECONDS = 75
@@ -40,12 +40,10 @@ def freshness() -> Generator[Row]:
             postgres.connect() as connection,
             _application(postgres) as waiting,
         ):
-            # Until the first run has come and has caught up.
-            while not _arrived(connection, waiting) or len(waiting) > PER_SECOND:
-                time.sleep(_LOOK_SECONDS)
+            until(lambda: _has_caught_up(connection, waiting), "the first run has caught up")
             seconds: list[float] = []
-            until = time.monotonic() + SECONDS
-            while time.monotonic() < until:
+            ends = time.monotonic() + SECONDS
+            while time.monotonic() < ends:
                 seconds += _arrived(connection, waiting)
                 time.sleep(_LOOK_SECONDS)
     yield (
@@ -83,6 +81,10 @@ def _application(postgres: PostgresDatabase) -> Generator[dict[str, float]]:
     finally:
         ended.set()
         thread.join()
+
+
+def _has_caught_up(connection: Connection, waiting: dict[str, float]) -> bool:
+    return bool(_arrived(connection, waiting)) and len(waiting) <= PER_SECOND
 
 
 def _arrived(connection: Connection, waiting: dict[str, float]) -> list[float]:

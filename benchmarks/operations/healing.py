@@ -5,7 +5,7 @@ Rows of every fact are deleted, and others spoiled, just after a look that has f
 
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 from benchmarks.operations._table import Row, show
@@ -15,13 +15,14 @@ from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.database import prepare
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.damage import damage, facts
-from everruns_pipelines_tests.deployment import live_deployment
+from everruns_pipelines_tests.deployment import live_deployment, until
 from everruns_pipelines_tests.receiver import Receiver
 from everruns_pipelines_tests.reporting.world import drain_all
 
 DAYS = 500
 EVENTS = 4000
-_LOOK_SECONDS = 0.5
+MOST_SECONDS = 1800
+_FAILED = "no_damaged_rows failed"
 
 
 def main() -> None:
@@ -47,14 +48,14 @@ def healing() -> Generator[Row]:
             sound = facts(connection)
             with live_deployment(Path(directory), environment) as live:
                 live.start_healing()
-                _until(live.has_found_all_right)
+                until(live.has_found_all_right, "a look finds all right", MOST_SECONDS)
                 began = time.monotonic()
                 damage(connection)
-                _until(lambda: facts(connection) == sound)
+                until(lambda: facts(connection) == sound, "all are right", MOST_SECONDS)
                 healed = time.monotonic() - began
-                _until(lambda: _told(receiver, "no_damaged_rows failed"))
+                until(lambda: _told(receiver, _FAILED), "people are told", MOST_SECONDS)
                 told = time.monotonic() - began
-                _until(lambda: _told(receiver, "over: ", "no_damaged_rows failed"))
+                until(lambda: _told(receiver, "over: ", _FAILED), "it is over", MOST_SECONDS)
                 over = time.monotonic() - began
     yield (
         "facts of last year deleted, others spoiled, until all are right",
@@ -63,11 +64,6 @@ def healing() -> Generator[Row]:
     )
     yield "  until people are told", f"{told:.0f} s", "reported"
     yield "  until they are told that it is over", f"{over:.0f} s", "reported"
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(_LOOK_SECONDS)
 
 
 def _told(receiver: Receiver, *texts: str) -> bool:

@@ -28,7 +28,7 @@ from everruns_pipelines.orchestration.partitions import day_range_tags
 from everruns_pipelines.reporting.backfill import BackfillRequest, enqueue
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.settings import Settings
-from everruns_pipelines_tests.deployment import live_deployment
+from everruns_pipelines_tests.deployment import live_deployment, until
 from everruns_pipelines_tests.reporting.world import drain_all
 
 NIGHTS = 400
@@ -122,9 +122,8 @@ def _run_each_once(settings: Settings, home: Path, instance: DagsterInstance) ->
 def _launched_by_the_sensor(instance: DagsterInstance) -> str:
     """The first run of the outbox sensor, once it has ended."""
     ended = RunsFilter(job_name="project_reporting", statuses=[DagsterRunStatus.SUCCESS])
-    while not (run_ids := instance.run_storage.get_run_ids(ended)):
-        time.sleep(1)
-    return run_ids[-1]
+    until(lambda: bool(instance.run_storage.get_run_ids(ended)), "a run of the sensor has ended")
+    return instance.run_storage.get_run_ids(ended)[-1]
 
 
 # So that what is due makes all facts of a day: the newest session of the sample is of yesterday.

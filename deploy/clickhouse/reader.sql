@@ -13,9 +13,8 @@ CREATE USER IF NOT EXISTS everruns_pipelines
 IDENTIFIED WITH sha256_hash BY '0000000000000000000000000000000000000000000000000000000000000000'
 SETTINGS PROFILE 'everruns_pipelines';
 
--- The spans, and the table that the exporter keeps beside them to find traces in time.
+-- The spans. The table that the exporter keeps beside them to find traces in time is not asked.
 GRANT SELECT ON default.otel_traces TO everruns_pipelines;
-GRANT SELECT ON default.otel_traces_trace_id_ts TO everruns_pipelines;
 
 -- What the span table is made of, where the server asks for such grants. They show only tables that the user
 -- may read.

@@ -1,6 +1,11 @@
 """Arguments that several commands share."""
 
 import argparse
+import socket
+
+from everruns_pipelines.errors import FieldError, Refusal
+
+_LARGEST_PORT = 65535
 
 
 def number(text: str) -> int:
@@ -14,6 +19,33 @@ def number(text: str) -> int:
 def add_org_id(parser: argparse.ArgumentParser) -> None:
     """`--org-id`."""
     parser.add_argument("--org-id", type=number, help="one organization; all if not given")
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """`--host` and `--port` of a server."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind, default 127.0.0.1")
+    parser.add_argument("--port", type=number, default=3000, help="port to bind, default 3000")
+
+
+def refuse_address(host: str, port: int) -> None:
+    """Refuse what cannot be bound, before anything is started.
+
+    Raises:
+        Refusal: the port is out of range or taken, or the host is not this machine.
+    """
+    expected = f"a free port from 1 to {_LARGEST_PORT}"
+    if 1 <= port <= _LARGEST_PORT:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            with socket.create_server((host, port), family=family):
+                return
+        except OSError as error:
+            found = f"{host}:{port}: {error.strerror}"
+    else:
+        found = str(port)
+    raise Refusal(
+        f"port: expected {expected}, got {found}", errors=(FieldError(("port",), expected),)
+    )
 
 
 def add_days(parser: argparse.ArgumentParser) -> None:

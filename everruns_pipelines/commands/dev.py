@@ -4,7 +4,6 @@ import argparse
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
 
-from everruns_pipelines.commands.arguments import number
+from everruns_pipelines.commands.arguments import add_address, refuse_address
 from everruns_pipelines.databases.postgres import Connection
-from everruns_pipelines.errors import FieldError, Refusal, RunFailure
+from everruns_pipelines.errors import Refusal, RunFailure
 from everruns_pipelines.settings import Settings
 
 HELP = "start Dagster's UI and daemon on this machine"
 
-_LARGEST_PORT = 65535
-# Held in Dagster's storage: a second daemon would launch every scheduled run twice.
+# Held in Dagster's storage: there is to be one daemon, so that each sensor ticks once.
 _DAEMON_LOCK = 0x6576_7270_6461_656D
 # Every opening of the embedded ClickHouse leaves seven files open, and the items' sensor opens it
 # every minute: shells allow 1,024.
@@ -31,8 +29,7 @@ _HEARTBEAT_SECONDS = 45
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `dev` takes."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind, default 127.0.0.1")
-    parser.add_argument("--port", type=number, default=3000, help="port to bind, default 3000")
+    add_address(parser)
 
 
 def run(options: argparse.Namespace, settings: Settings) -> None:
@@ -44,7 +41,7 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
     """
     from everruns_pipelines.orchestration.home import dagster_home
 
-    _refuse_port(options.host, options.port)
+    refuse_address(options.host, options.port)
     home = dagster_home(settings)
     with _only_daemon(settings):
         status = _run_dagster(
@@ -90,38 +87,27 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
-def _refuse_port(host: str, port: int) -> None:
-    expected = f"a free port from 1 to {_LARGEST_PORT}"
-    if 1 <= port <= _LARGEST_PORT:
-        try:
-            with socket.create_server((host, port)):
-                return
-        except OSError as error:
-            found = f"{host}:{port}: {error.strerror}"
-    else:
-        found = str(port)
-    raise Refusal(
-        f"port: expected {expected}, got {found}", errors=(FieldError(("port",), expected),)
-    )
-
-
 @contextmanager
 def _only_daemon(settings: Settings) -> Generator[None]:
     """Be the one daemon of Dagster's storage.
 
     Raises:
-        Refusal: there is one already.
+        Refusal: there is one already, or the storage cannot be reached.
     """
     import psycopg
 
-    from everruns_pipelines.dagster_storage import storage_url
+    from everruns_pipelines.dagster_storage import storage_url, unreachable
 
-    with psycopg.connect(storage_url(settings), autocommit=True) as connection:
+    try:
+        opened = psycopg.connect(storage_url(settings), autocommit=True, connect_timeout=10)
+    except psycopg.OperationalError:
+        raise unreachable() from None
+    with opened as connection:
         row = connection.execute("SELECT pg_try_advisory_lock(%s)", [_DAEMON_LOCK]).fetchone()
         if row != (True,) or _beats(connection):
             raise Refusal(
-                "Another daemon works on the same storage of Dagster: two would launch every run "
-                "twice. Stop it, or set EVERRUNS_HOME or EVERRUNS_DAGSTER_POSTGRES_URL to another",
+                "Another daemon works on the same storage of Dagster, and there is to be one. "
+                "Stop it, or set EVERRUNS_HOME or EVERRUNS_DAGSTER_POSTGRES_URL to another",
                 code="locked",
                 status=409,
             )

@@ -5,7 +5,7 @@ import argparse
 from everruns_pipelines.errors import RunFailure
 from everruns_pipelines.settings import Settings
 
-HELP = "check that everything is in place, and say what to do if not"
+HELP = "check that everything is in place, and say what to do; exit status 1 if it is not"
 
 
 def add_arguments(_: argparse.ArgumentParser) -> None:

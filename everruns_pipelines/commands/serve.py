@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from everruns_pipelines.commands.arguments import number
+from everruns_pipelines.commands.arguments import add_address, refuse_address
 from everruns_pipelines.settings import Settings
 
 HELP = "start the web server: the UI, GraphQL, the HTTP API, metrics"
@@ -11,8 +11,7 @@ HELP = "start the web server: the UI, GraphQL, the HTTP API, metrics"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind, default 127.0.0.1")
-    parser.add_argument("--port", type=number, default=3000, help="port to bind, default 3000")
+    add_address(parser)
     parser.add_argument(
         "--path-prefix", type=_prefix, default="", help="serve everything below /x", metavar="/x"
     )
@@ -20,10 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: Settings) -> None:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends it.
+
+    Raises:
+        Refusal: the address cannot be bound.
+    """
     from everruns_pipelines.serve.app import Address
     from everruns_pipelines.serve.server import serve
 
+    refuse_address(options.host, options.port)
     address = Address(options.host, options.port, options.path_prefix)
     serve(settings, address, read_only=options.read_only)
 

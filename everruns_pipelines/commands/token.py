@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="scopes",
         required=True,
+        metavar="SCOPE",
         help="reports:admin, items:admin or metrics:read; repeatable",
     )
     add_org_id(parser)

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_org_id(parser)
     parser.add_argument(
         "--source-type",
+        metavar="TYPE",
         help="event, session, llm_generation or usage_ledger; all if not given",
     )
     add_dry_run(parser)

@@ -237,7 +237,7 @@ INSERT INTO items (
 SELECT
     organization_id, project_id, item_type, title, ref, data, disposition, 'extracted', session_id,
     trace_id, span_id, capability, capability_version, schema_ref, dedupe_key,
-    timestamptz 'epoch' + (ended_ns / 1000) * interval '1 microsecond',
+    timestamptz 'epoch' + floor(ended_ns / 1000.0) * interval '1 microsecond',
     now()
 FROM planned
 JOIN candidates ON candidates.id = planned.candidate

@@ -25,8 +25,8 @@ WHERE database = {database:String} AND table = {spans:String}
 -- as the hex digits of its bytes, for envelope.py. `whole` says whether every item of the span is
 -- meant or only those whose envelope names the session.
 SELECT
-    replaceAll(toValidUTF8(TraceId), '\0', '') AS trace_id,
-    replaceAll(toValidUTF8(SpanId), '\0', '') AS span_id,
+    replaceAll(toValidUTF8(toString(TraceId)), '\0', '') AS trace_id,
+    replaceAll(toValidUTF8(toString(SpanId)), '\0', '') AS span_id,
     replaceAll(toValidUTF8($run), '\0', '') AS run_id,
     replaceAll(toValidUTF8($project), '\0', '') AS project_name,
     least(
@@ -74,7 +74,7 @@ ORDER BY TraceId
 SELECT trace_id, project_name, dedupe_key, toInt64(min(ended)) AS ended_ns, true AS complete
 FROM (
     SELECT
-        lower(TraceId) AS trace_id,
+        lower(toString(TraceId)) AS trace_id,
         $project AS project_name,
         arrayJoin(arrayMap(
             output -> JSONExtractString(output, 'attributes', 'dedupe_key'),

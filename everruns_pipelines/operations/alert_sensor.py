@@ -14,6 +14,7 @@ import dagster as dg
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.operations.alerts import Memory, Problem, tell
+from everruns_pipelines.orchestration.asset_keys import HEALTH, asset_key
 from everruns_pipelines.orchestration.checks import evaluations
 from everruns_pipelines.orchestration.retries import may_be_retried
 from everruns_pipelines.settings import Settings
@@ -28,7 +29,6 @@ _TOLD_HERE = {"no_parked_rows", "no_late_rows"}
 _MOST_COUNTED = 10_000
 _RUNS_PER_TICK = 200
 _RESULTS_PER_TICK = 10
-_HEALTH = "/assets/pipeline_health"
 
 
 def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.SensorDefinition]:
@@ -41,6 +41,7 @@ def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.Se
         return []
     checks: Any = definitions.asset_checks
     jobs: Any = definitions.jobs
+    health = _page(asset_key(settings, HEALTH))
     check_keys = [key for one in checks for key in one.check_keys if key.name not in _TOLD_HERE]
     job_names = {"_".join([*settings.asset_prefix, job.name]) for job in jobs}
 
@@ -65,7 +66,7 @@ def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.Se
         }
         reached: dict[str, bool] = {}
         if "reporting" in settings.parts:
-            answer = _outbox(everruns_postgres)
+            answer = _outbox(everruns_postgres, health)
             reached[everruns_postgres.variable] = answer is not _AWAY
             seen["parked"], seen["late"] = (None, None) if isinstance(answer, str) else answer
         if "items" in settings.parts:
@@ -74,7 +75,7 @@ def alert_sensors(settings: Settings, definitions: dg.Definitions) -> list[dg.Se
             dsn = settings.clickhouse_dsn
             if dsn is not None and not dsn.get_secret_value().startswith("chdb"):
                 reached["EVERRUNS_CLICKHOUSE_DSN"] = _clickhouse_answers(dsn.get_secret_value())
-        seen["away"] = _away(memory, reached, now)
+        seen["away"] = _away(memory, reached, now, health)
         sent = tell(settings, memory, seen, now)
         return dg.SensorResult(
             skip_reason=f"{len(memory.told)} problems are known; {sent} messages were sent",
@@ -170,15 +171,23 @@ def _failed_check(
         repair=str(remedy.value)
         if isinstance(remedy, dg.TextMetadataValue)
         else "materialize the days that the check names",
-        page=f"/assets/{'/'.join(key.asset_key.path)}?view=checks",
+        page=f"{_page(key.asset_key)}?view=checks",
     )
+
+
+def _page(key: dg.AssetKey) -> str:
+    return f"/assets/{'/'.join(key.path)}"
 
 
 _AWAY, _UNKNOWN = "away", "unknown"
 
 
-def _outbox(postgres: PostgresDatabase) -> tuple[list[Problem], list[Problem]] | str:
-    """Parked rows, and rows that have waited for too long; or why that cannot be told."""
+def _outbox(postgres: PostgresDatabase, health: str) -> tuple[list[Problem], list[Problem]] | str:
+    """Parked rows, and rows that have waited for too long; or why that cannot be told.
+
+    Args:
+        health: the page of `pipeline_health`.
+    """
     import psycopg
 
     from everruns_pipelines.reporting.watch import find_due
@@ -213,7 +222,7 @@ def _outbox(postgres: PostgresDatabase) -> tuple[list[Problem], list[Problem]] |
                 since=since,
                 repair="`everruns-pipelines diagnose` says why they failed; once that is mended, "
                 "`everruns-pipelines unpark`",
-                page=_HEALTH,
+                page=health,
             )
         ]
         if number
@@ -246,19 +255,23 @@ def _answers(postgres: PostgresDatabase) -> bool:
 
 
 def _clickhouse_answers(dsn: str) -> bool:
-    """Whether the server is up: it says so to everybody, over HTTP."""
-    import requests
+    """Whether the server is up: it says so to everybody, over HTTP. What the driver trusts is
+    trusted: certificates of the system, and of SSL_CERT_FILE.
+    """
+    from http.client import HTTPException
+    from urllib.request import urlopen
 
     scheme, port = ("https", 8443) if dsn.startswith("clickhouses:") else ("http", 8123)
     parts = urlsplit(dsn)
+    url = f"{scheme}://{parts.hostname}:{parts.port or port}/ping"
     try:
-        answer = requests.get(f"{scheme}://{parts.hostname}:{parts.port or port}/ping", timeout=5)
-    except requests.RequestException:
+        with urlopen(url, timeout=5):  # noqa: S310, no other scheme
+            return True
+    except (OSError, HTTPException):
         return False
-    return answer.ok
 
 
-def _away(memory: Memory, reached: dict[str, bool], now: float) -> list[Problem]:
+def _away(memory: Memory, reached: dict[str, bool], now: float, health: str) -> list[Problem]:
     memory.away = {
         variable: memory.away.get(variable, now)
         for variable, answered in reached.items()
@@ -271,7 +284,7 @@ def _away(memory: Memory, reached: dict[str, bool], now: float) -> list[Problem]
             what=f"The database that {variable} names cannot be used",
             since=since,
             repair="`everruns-pipelines doctor` says what is wrong",
-            page=_HEALTH,
+            page=health,
         )
         for variable, since in memory.away.items()
         if now - since >= AWAY_SECONDS

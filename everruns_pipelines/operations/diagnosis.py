@@ -185,15 +185,19 @@ class Diagnosis:
         """
         everything = (*(fact.table for fact in FACTS), ITEMS)
         counts = {what: self.total(what, *everything) for what in _WRONG}
-        overdue = sum(found.sources for found in self.anywhere.values() if self._is_overdue(found))
-        if overdue and not counts["missing"] + counts["stale"]:
-            # They lie on days that no calendar has.
-            counts["missing"] = overdue
+        if not counts["missing"] + counts["stale"]:
+            # Those that lie on days that no calendar has.
+            counts["missing"] = self._overdue()
         late = sum(lag > MOST_LAG.total_seconds() for lag in self.lag_seconds.values())
         return {**counts, "parked": self.rows("parked"), "late": late}
 
-    def _is_overdue(self, found: Missing) -> bool:
-        return found.oldest is not None and self.at - found.oldest > GRACE
+    def _overdue(self) -> int:
+        """Sources that a backfill would enqueue, of the types of which one has waited for long."""
+        return sum(
+            found.sources
+            for found in self.anywhere.values()
+            if found.oldest is not None and self.at - found.oldest > GRACE
+        )
 
     def oldest_missing(self) -> datetime | None:
         """Since when the oldest source lacks a fact, or has a stale one."""
@@ -208,7 +212,7 @@ class Diagnosis:
             for tables in (facts, [ITEMS])
         )
         found: list[str] = []
-        if in_facts and any(one.sources for one in self.anywhere.values()):
+        if self._overdue() or (in_facts and any(one.sources for one in self.anywhere.values())):
             found.append("everruns-pipelines backfill --limit 10000")
         elif in_facts:
             found.append("materialize these days of the facts: in the UI, or with `dg launch`")

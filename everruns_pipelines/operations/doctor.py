@@ -16,7 +16,7 @@ from everruns_pipelines.databases.postgres import (
     ItemsPostgresDatabase,
     PostgresDatabase,
 )
-from everruns_pipelines.errors import Refusal
+from everruns_pipelines.errors import Refusal, SettingsError
 from everruns_pipelines.items import database as items_database
 from everruns_pipelines.items.objects import ObjectStore
 from everruns_pipelines.items.span_table import SpanTable
@@ -68,7 +68,7 @@ def _answer(name: str, question: Callable[[Settings], str], settings: Settings) 
         return Finding(name, False, str(todo))
     except Refusal as refusal:
         return Finding(name, False, refusal.detail)
-    except (ClickHouseFailure, RuntimeError) as failure:
+    except (ClickHouseFailure, SettingsError) as failure:
         return Finding(name, False, str(failure))
     except psycopg.Error as error:
         return Finding(name, False, error.diag.message_primary or type(error).__name__)

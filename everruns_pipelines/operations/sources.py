@@ -11,10 +11,9 @@ from psycopg import sql
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.items.assets import SPANS
 from everruns_pipelines.operations.diagnosis import Databases
 from everruns_pipelines.reporting.catalog import EVENT, FACTS, SOURCES
-
-SPANS = "otel_traces"
 
 
 @dataclass(frozen=True)

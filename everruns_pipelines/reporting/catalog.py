@@ -375,7 +375,8 @@ FACTS = (
             Projection(
                 "capability_configured",
                 SESSION,
-                supersedes="fact.org_id = source.org_id AND fact.session_id = source.source_id"
+                supersedes="fact.org_id = source.org_id"
+                " AND fact.session_id = ANY (ARRAY[source.source_id])"
                 " AND fact.capability_usage_kind = 'configured'"
                 " AND starts_with(fact.source_key, 'session:' || source.source_id || ':')",
             ),

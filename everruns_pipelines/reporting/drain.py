@@ -123,7 +123,8 @@ def drain_in_parallel(
         except Exception as error:
             work.stop.set()
             done.put(error)
-        done.put(None)
+        finally:
+            done.put(None)
 
     # One that cannot be stopped, since its server does not answer, keeps no process alive.
     projectors = [

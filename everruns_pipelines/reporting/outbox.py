@@ -26,7 +26,13 @@ _FORGET_AFTER = 10  # looks at the queue
 
 # A queue has no statistics that hold for longer than a minute, nor has a table that grows. With
 # nothing but nested loops over indexes to choose from, a plan needs none, and can be kept.
-_PLANNING = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin")
+_PLANNING = (
+    "enable_seqscan",
+    "enable_bitmapscan",
+    "enable_hashjoin",
+    "enable_mergejoin",
+    "enable_sort",
+)
 _BY_KEY = sql.SQL("SET plan_cache_mode = force_generic_plan; {}").format(
     sql.SQL("; ").join(sql.SQL("SET {} = off").format(sql.Identifier(name)) for name in _PLANNING)
 )

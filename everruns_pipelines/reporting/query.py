@@ -74,12 +74,16 @@ def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
     return sql.SQL(_LOOKED_UP).format(
         columns=columns,
         rows=rows_of(source),
-        of_org=sql.SQL("" if source.org_from_session else "AND source.org_id = selection.org_id"),
+        of_org=sql.SQL(
+            "" if source.org_from_session else "AND (source.org_id = selection.org_id) IS TRUE"
+        ),
         of_types=of_types("AND source.event_type", event_types),
     )
 
 
-# OFFSET: in this order, whatever the statistics say of a table that grows, or of a selection.
+# LIMIT: in this order, whatever the statistics say of a table that grows, or of a selection. And an
+# event that lies in both tables, as after a restore, is one: it would fail all that is projected
+# with it.
 _LOOKED_UP = """
 SELECT {columns}
 FROM (
@@ -90,7 +94,7 @@ FROM (
 CROSS JOIN LATERAL (
     SELECT * FROM {rows} AS source
     WHERE source.id = selection.source_id {of_org} {of_types}
-    OFFSET 0
+    LIMIT 1
 ) AS source
 """
 
@@ -123,22 +127,23 @@ def staged_rows(fact: Fact, projection: Projection) -> sql.Composed:
     """The same of what stands in the selection from number `first` to `last`."""
     source = projection.source
     return made_rows(
-        fact,
-        projection,
-        looked_up_rows(source, projection.event_types),
-        confirmed=not source.org_from_session,
+        fact, projection, looked_up_rows(source, projection.event_types), looked_up=True
     )
 
 
 def made_rows(
-    fact: Fact, projection: Projection, selected: sql.Composable, *, confirmed: bool = True
+    fact: Fact, projection: Projection, selected: sql.Composable, *, looked_up: bool = False
 ) -> sql.Composed:
     """The same of source rows of the event types that the projection reads.
 
     Args:
-        confirmed: they are known to be of their `org_id`. Else those are left out whose session,
-            which alone says so, is not.
+        looked_up: they were, one by one: so is what they are joined with. And if only the session
+            says whose they are, those are left out whose session is not of their `org_id`.
     """
+    is_unsure = looked_up and projection.source.org_from_session
+    # No index knows a condition that IS TRUE. While a table is small, or has no statistics, the
+    # planner would as soon read all that an organization has as look a row up by its id.
+    of_org = sql.SQL(_OF_ORG_BY_ID if looked_up else _OF_ORG)
     agent_id, harness_id = (
         _value(column, projection)
         for column in fact.columns
@@ -150,14 +155,15 @@ def made_rows(
         " SELECT {columns}, {rejected} AS rejected, {reported} AS reported"
         " FROM ({projection}) AS projected"
         " {join} sessions AS session"
-        " ON session.id = projected.session_id AND session.org_id = projected.org_id"
-        " LEFT JOIN agents AS agent"
-        " ON agent.id = {agent_id} AND agent.org_id = projected.org_id"
-        " LEFT JOIN harnesses AS harness"
-        " ON harness.id = {harness_id} AND harness.org_id = projected.org_id"
+        " ON session.id = projected.session_id AND {session_of_org}"
+        " LEFT JOIN agents AS agent ON agent.id = {agent_id} AND {agent_of_org}"
+        " LEFT JOIN harnesses AS harness ON harness.id = {harness_id} AND {harness_of_org}"
     ).format(
         selected=selected,
-        join=sql.SQL("LEFT JOIN" if confirmed else "JOIN"),
+        join=sql.SQL("JOIN" if is_unsure else "LEFT JOIN"),
+        session_of_org=of_org.format(sql.Identifier("session")),
+        agent_of_org=of_org.format(sql.Identifier("agent")),
+        harness_of_org=of_org.format(sql.Identifier("harness")),
         events=rows_of(EVENT),
         columns=sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))
@@ -169,6 +175,10 @@ def made_rows(
         agent_id=agent_id,
         harness_id=harness_id,
     )
+
+
+_OF_ORG = "{0}.org_id = projected.org_id"
+_OF_ORG_BY_ID = "({0}.org_id = projected.org_id) IS TRUE"
 
 
 def expected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:

@@ -87,7 +87,7 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
             sql.SQL("SELECT * FROM source_rows {}").format(
                 of_types("WHERE event_type", projection.event_types)
             ),
-            confirmed=not projection.source.org_from_session,
+            looked_up=True,
         ),
         "kept": sql.SQL("" if projection.aggregates else "NOT"),
         "superseded": sql.SQL(projection.supersedes or "false"),
@@ -260,11 +260,15 @@ _REMOVE = """
         SELECT stored.org_id, stored.source_key
         FROM pg_temp.selection AS source
         JOIN sessions AS session
-            ON session.id = source.source_id AND session.org_id = source.org_id
+            ON session.id = source.source_id AND (session.org_id = source.org_id) IS TRUE
         -- OFFSET: looked up source by source. Statistics that lag behind a growing table would
-        -- have the planner read all of it.
+        -- have the planner read all of it. ORDER: by the index of sessions, see above.
         CROSS JOIN LATERAL (
-            SELECT fact.org_id, fact.source_key FROM {fact} AS fact WHERE {superseded} OFFSET 0
+            SELECT fact.org_id, fact.source_key
+            FROM {fact} AS fact
+            WHERE {superseded}
+            ORDER BY fact.session_id
+            OFFSET 0
         ) AS stored
         WHERE source.part BETWEEN %(first)s AND %(last)s
             AND NOT EXISTS (

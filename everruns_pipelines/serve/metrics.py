@@ -8,7 +8,7 @@ from collections import Counter as Sums
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
-from dagster import AssetKey, DagsterInstance, TableMetadataValue
+from dagster import DagsterInstance, TableMetadataValue
 from dagster._core.scheduler.instigation import InstigatorType
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import text
 
 from everruns_pipelines.databases.postgres import PostgresDatabase
+from everruns_pipelines.orchestration.asset_keys import HEALTH, asset_key
 from everruns_pipelines.reporting.catalog import FACTS, SOURCES
 from everruns_pipelines.serve.runs import AT_WORK, FINISHED, ProcessContext
 from everruns_pipelines.settings import Settings
@@ -81,7 +82,6 @@ WHERE selector_id = ANY (CAST(:selectors AS text[])) AND status = 'FAILURE'
     AND timestamp > now() AT TIME ZONE 'UTC' - make_interval(secs => :window)
 GROUP BY selector_id
 """
-_HEALTH = AssetKey("pipeline_health")
 _logger = logging.getLogger(__name__)
 
 
@@ -177,7 +177,7 @@ class _Asked(Collector):
         )
 
     def _health(self) -> Iterator[Metric]:
-        event = self._instance.get_latest_materialization_event(_HEALTH)
+        event = self._instance.get_latest_materialization_event(asset_key(self._settings, HEALTH))
         if event is None or event.asset_materialization is None:
             return
         metadata = event.asset_materialization.metadata

@@ -29,7 +29,7 @@ _REFUSALS = {
     "415": "The body is not application/json",
     "422": "A field is unknown or of the wrong type, or the key belongs to another request",
     "429": "Too many runs of this token are at work",
-    "500": "The run failed",
+    "500": "The run failed, or the server",
     "502": "A database failed",
     "503": "A server cannot be reached",
     "504": "The run goes on",

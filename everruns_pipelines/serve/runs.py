@@ -6,6 +6,7 @@ restarts takes nothing from it.
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -101,21 +102,27 @@ class Runs:
 
     async def follow(self, run_id: str, seconds: float) -> DagsterRun | None:
         """The run once it has ended, or the one that was launched in its place; None if it goes on
-        for longer than `seconds`.
+        for longer than `seconds`, all of them together.
         """
+        until = time.monotonic() + seconds
+        ended = await self._end(run_id, seconds)
+        while ended is not None and AUTO_RETRY_RUN_ID_TAG in ended.tags:
+            left = max(0.0, until - time.monotonic())
+            ended = await self._end(ended.tags[AUTO_RETRY_RUN_ID_TAG], left)
+        return ended
+
+    async def _end(self, run_id: str, seconds: float) -> DagsterRun | None:
         future = asyncio.get_running_loop().create_future()
         self._followed.setdefault(run_id, []).append(future)
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll())
         try:
-            ended = await asyncio.wait_for(future, seconds)
+            return await asyncio.wait_for(future, seconds)
         except (TimeoutError, asyncio.CancelledError):
             # The server is ending, and lets requests go that wait: they are told that it goes on.
             return None
         finally:
             self._forget(run_id, future)
-        replacement = ended.tags.get(AUTO_RETRY_RUN_ID_TAG)
-        return ended if replacement is None else await self.follow(replacement, seconds)
 
     def _forget(self, run_id: str, future: asyncio.Future[DagsterRun]) -> None:
         self._followed[run_id].remove(future)

@@ -34,15 +34,13 @@ def serve(settings: Settings, address: Address, *, read_only: bool) -> None:
     """Serve until a signal ends it.
 
     Raises:
-        Refusal: Dagster's storage is none that several servers can share.
+        Refusal: Dagster's storage cannot be reached, or is none that several servers can share.
         SettingsError: the file of the tokens cannot be read.
     """
-    logger = logging.getLogger("everruns_pipelines")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_standard_error())
     home = _find_home(settings)
     with get_possibly_temporary_instance_for_cli("everruns-pipelines serve") as instance:
         _check(instance)
+        logger = _told_on_standard_error()
         instance.optimize_for_webserver(
             _STATEMENT_MILLISECONDS, _RECYCLE_SECONDS, _MOST_CONNECTIONS
         )
@@ -102,7 +100,10 @@ def _workspace(home: Path) -> WorkspaceLoadTarget:
     )
 
 
-def _standard_error() -> logging.Handler:
+def _told_on_standard_error() -> logging.Logger:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    return handler
+    logger = logging.getLogger("everruns_pipelines")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return logger

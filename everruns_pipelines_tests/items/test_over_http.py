@@ -9,12 +9,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from dagster import DagsterInstance
 
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase, ClickHouseFailure
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.databases.http_engine import Fault, HttpEngine, serving
 from everruns_pipelines_tests.items.world import Span, World, envelope, key
+from everruns_pipelines_tests.operations.test_alerts import Watch
 
 
 @pytest.fixture
@@ -194,6 +196,30 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once(
         assert server.queries == []
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert remote.rebuild().inserted == 1
+
+
+def test_alerts_trust_the_certificates_that_rebuilds_trust(
+    world: World,
+    certificate: Path,
+    home: Path,
+    instance: DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(world.clickhouse, certificate=certificate) as server:
+        environment = {
+            "EVERRUNS_PARTS": "items",
+            "EVERRUNS_POSTGRES_URL": world.postgres.url,
+            "EVERRUNS_CLICKHOUSE_DSN": server.dsn,
+            "EVERRUNS_HOME": str(home),
+            "EVERRUNS_ALERT_URLS": "json://127.0.0.1:1",
+        }
+        watch = Watch(instance, environment)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        watch.tick()
+        assert watch.away() == []
+        monkeypatch.delenv("SSL_CERT_FILE")
+        watch.tick()
+        assert watch.away() == ["EVERRUNS_CLICKHOUSE_DSN"]
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ _REPEATED = "INSERT INTO traces.spans SELECT * FROM default.otel_traces"
 _OWN = """
 CREATE TABLE traces.spans (
     Timestamp DateTime64(9, 'Asia/Tokyo'),
-    TraceId String,
-    SpanId String,
+    TraceId FixedString(32),
+    SpanId FixedString(16),
     SpanAttributes Map(String, String),
     Duration UInt64,
     session String MATERIALIZED SpanAttributes['dreadnode.session.id'],

@@ -3,6 +3,7 @@
 import json
 import random
 import string
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -47,9 +48,14 @@ def test_a_failed_post_is_healed(world: World) -> None:
 
 def test_the_span_end_is_cut_to_microseconds_not_rounded(world: World) -> None:
     span = Span([envelope("one")], nanoseconds=999, duration=1_999_000)
-    world.add(span)
+    before_1970 = replace(
+        span, items=[envelope("old")], name="old", start=datetime(1969, 12, 31, tzinfo=UTC)
+    )
+    world.add(span, before_1970)
     world.rebuild()
-    assert world.items()[key("one")]["created_at"] == span.start + timedelta(microseconds=1999)
+    items = world.items()
+    assert items[key("one")]["created_at"] == span.start + timedelta(microseconds=1999)
+    assert items[key("old")]["created_at"] == before_1970.start + timedelta(microseconds=1999)
 
 
 def test_a_known_item_keeps_what_people_decided(world: World) -> None:

@@ -36,9 +36,12 @@ def receiver() -> Iterator[Receiver]:
 class Watch:
     """Ticks of the sensor, one after the other."""
 
-    def __init__(self, instance: DagsterInstance, environment: dict[str, str]) -> None:
+    def __init__(
+        self, instance: DagsterInstance, environment: dict[str, str], **changes: Any
+    ) -> None:
         self.instance = instance
-        self.definitions = build_definitions(Settings.from_environment(environment))
+        settings = Settings.from_environment(environment)
+        self.definitions = build_definitions(settings.model_copy(update=changes))
         self.cursor: str | None = None
 
     def tick(self) -> None:
@@ -58,6 +61,10 @@ class Watch:
             self.cursor = sensor.evaluate_tick(context).cursor
         assert self.cursor is not None
         assert SECRET not in self.cursor
+
+    def away(self) -> list[str]:
+        """The variables whose databases it could not reach."""
+        return list(json.loads(self.cursor or "")["away"])
 
     def remember(self, **changes: Any) -> None:
         self.cursor = json.dumps({**json.loads(self.cursor or ""), **changes})
@@ -115,6 +122,19 @@ def test_parked_rows_are_told_once_and_once_when_they_are_gone(
         "everruns_pipelines: over: outbox rows are parked",
         "success",
     )
+
+
+def test_in_a_project_of_others_links_lead_to_the_asset_as_it_is_called_there(
+    instance: DagsterInstance,
+    environment: dict[str, str],
+    receiver: Receiver,
+    connection: Connection,
+) -> None:
+    database.prepare(connection)
+    _enqueue(connection, "failed", "infinity")
+    Watch(instance, environment, asset_prefix=("ours",)).tick()
+    [told] = receiver.news()
+    assert f"{UI}/assets/ours/pipeline_health" in told["message"]
 
 
 def test_rows_that_wait_for_a_quarter_of_an_hour_are_told(
@@ -260,7 +280,7 @@ def test_a_database_is_told_once_it_has_been_away_for_ten_minutes(
     watch.tick()
     watch.tick()
     assert receiver.news() == []
-    [variable] = json.loads(watch.cursor or "")["away"]
+    [variable] = watch.away()
     watch.remember(away={variable: 1_800_000_000.0 - 10**9})
     watch.tick()
     watch.tick()

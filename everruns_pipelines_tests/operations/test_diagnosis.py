@@ -270,6 +270,27 @@ def test_check_prints_one_object_and_fails_if_anything_is_wrong(
     assert f"{found['missing']} missing; the oldest since " in told.err
 
 
+def test_a_fact_that_is_missing_on_a_day_that_no_calendar_has_is_told_with_what_repairs_it(
+    settings: Settings,
+    sample: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _environment(monkeypatch, settings)
+    materialize(sample, TODAY - timedelta(days=2), TODAY)
+    sample.execute(
+        "WITH before AS (UPDATE llm_generations SET created_at = '0044-03-15 BC'"
+        " WHERE ctid = (SELECT min(ctid) FROM llm_generations) RETURNING id)"
+        " DELETE FROM fact_llm_generation USING before"
+        " WHERE source_key = 'llm_generation:' || before.id"
+    )
+    capsys.readouterr()
+    assert main.run(["check"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["missing"], found["days"]) == (1, {})
+    assert found["remedies"] == ["everruns-pipelines backfill --limit 10000"]
+
+
 def test_a_diagnosis_of_many_days_fits_into_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

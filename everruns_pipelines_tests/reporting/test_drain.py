@@ -443,6 +443,29 @@ def test_plans_made_for_empty_tables_read_only_what_they_project_once_the_tables
     assert read < 20 * 1000
 
 
+def test_plans_made_for_tables_that_nobody_has_analyzed_look_every_row_up_by_its_key(
+    ready_world: World,
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    sessions = [ready_world.session(org) for _ in range(300)]
+    due = datetime.now(UTC) - timedelta(hours=1)
+    for session in sessions:
+        ready_world.enqueue(org, "event", ready_world.event(session), next_attempt_at=due)
+        ready_world.enqueue(org, "session", session, next_attempt_at=due)
+        generation = ready_world.generation(org, session_id=session)
+        ready_world.enqueue(org, "llm_generation", generation, next_attempt_at=due)
+    batches = drain(connection, max_attempts=MAX_ATTEMPTS, batch_size=300)
+    before = rows_read(connection)
+    assert next(batches).completed == 300
+    assert next(batches).completed == 300
+    assert next(batches).completed == 300
+    read = rows_read(connection) - before
+    batches.close()
+
+    assert read < 30 * 900
+
+
 def test_plans_made_while_no_session_had_a_fact_look_each_of_many_up_by_its_key(
     ready_world: World,
 ) -> None:

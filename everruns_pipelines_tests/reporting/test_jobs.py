@@ -368,12 +368,13 @@ def test_no_payload_and_no_password_is_in_any_event_of_a_run_that_fails(
 def test_no_payload_is_in_any_event_of_a_run_whose_rows_fail(
     world: World, settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    id_ = world.tool_call(world.org())
-    world.enqueue(1, "event", SECRET)
+    org = world.org()
+    event = world.event(world.session(org), data={"tool_name": SECRET})
+    id_ = world.enqueue(org, "event", event)
+    world.enqueue(org, "event", SECRET)
     world.connection.execute(
         "ALTER TABLE fact_tool_call ADD CONSTRAINT never CHECK (tool_status = '') NOT VALID"
     )
-    world.event(world.session(world.org()), data={"tool_name": SECRET})
 
     run = Run(settings, "project_reporting")
 

@@ -3,7 +3,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 import psycopg
@@ -39,6 +39,11 @@ from everruns_pipelines_tests.reporting.world import (
 )
 
 _ALL = sql.SQL("SELECT {org_id}, source.id FROM {rows} AS source {session}")
+_OF_EVENTS: tuple[LiteralString, ...] = (
+    "fact_tool_call",
+    "fact_turn",
+    "fact_capability_usage",
+)
 DIGITS_BEYOND_BIGINT = "9" * 30
 
 
@@ -150,6 +155,31 @@ def test_a_source_that_cannot_be_stored_fails_alone_and_is_named_without_its_val
     named = re.compile("ProgramLimitExceeded: fact_[a-z_]+|total_tokens is beyond bigint")
     assert [error for *_, error in failed if not named.fullmatch(error)] == []
     assert differences(ready) == []
+
+
+def test_an_event_that_lies_in_both_tables_is_one_and_holds_nobody_back(world: World) -> None:
+    connection = world.connection
+    session = world.session(world.org())
+    for _ in range(2):
+        world.event(session, data={"tool_name": "tool", "capability_id": "c"})
+    world.event(session, "turn.completed")
+    connection.execute(
+        "INSERT INTO archived_events"
+        " (id, session_id, sequence, event_type, data, ts, context, created_at)"
+        " SELECT id, session_id, sequence, event_type, data, ts, context, created_at FROM events"
+        " WHERE sequence > (SELECT min(sequence) FROM events)"
+    )
+    enqueue_all(connection)
+    for _ in ("new", "standing"):
+        drained = drain_all(connection)
+        assert (drained.claimed, drained.completed) == (4, 4)
+        counts = [value(connection, f"SELECT count(*) FROM {table}") for table in _OF_EVENTS]
+        assert counts == [2, 1, 2]
+        connection.execute("UPDATE fact_tool_call SET tool_name = 'damaged'")
+        connection.execute("UPDATE fact_turn SET turn_status = 'damaged'")
+        connection.execute("UPDATE reporting_outbox SET status = 'pending'")
+    assert materialize(connection)["refreshed"] == 3
+    assert value(connection, "SELECT DISTINCT tool_name FROM fact_tool_call") == "tool"
 
 
 def test_the_duration_of_a_session_is_exact_however_far_apart_its_times(world: World) -> None:

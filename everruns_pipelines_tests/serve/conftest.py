@@ -173,7 +173,9 @@ def _running(app: Any, port: int) -> Generator[None]:
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until(lambda: server.started, "the server has started")
-    yield
-    server.should_exit = True
-    thread.join(30)
+    try:
+        until(lambda: server.started, "the server has started")
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(30)

@@ -3,16 +3,16 @@
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 import requests
 from psycopg import sql
 
+from everruns_pipelines.client import Deployment
 from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.embedded.clickhouse import span_tables
 from everruns_pipelines.databases.embedded.sample_data import load_sample_data
@@ -124,37 +124,54 @@ def test_a_database_that_fails_under_a_run_is_told(
     assert response.json()["instance"].startswith(f"{live.url}/runs/")
 
 
+def kill_at_work(environment: Mapping[str, str], connection: Connection) -> None:
+    """Kill the backfill once it waits for the lock, then give the lock back."""
+    with psycopg.connect(environment["EVERRUNS_DAGSTER_POSTGRES_URL"], autocommit=True) as told:
+
+        def worker() -> int | None:
+            row = told.execute(
+                "SELECT string_agg(event, '') FROM event_logs"
+                " WHERE run_id = (SELECT run_id FROM runs WHERE status = 'STARTED'"
+                " AND pipeline_name = 'backfill_reporting')"
+                " HAVING bool_or(dagster_event_type = 'STEP_START')"
+            ).fetchone()
+            match = row and re.search(r"\(pid: (\d+)\)", row[0])
+            return int(match[1]) if match else None
+
+        until(lambda: worker() is not None, "the run is at work")
+        pid = worker()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    connection.execute("SELECT pg_advisory_unlock_all()")
+
+
+@pytest.mark.usefixtures("lock")
 def test_a_run_that_is_killed_is_done_again_and_answers(
     live: LiveDeployment, connection: Connection, environment: dict[str, str]
 ) -> None:
-    connection.execute("SELECT pg_advisory_lock(%s)", [GLOBAL_LOCK])
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, live)
-        with psycopg.connect(environment["EVERRUNS_DAGSTER_POSTGRES_URL"], autocommit=True) as told:
-
-            def worker() -> int | None:
-                row: Any = told.execute(
-                    "SELECT event FROM event_logs WHERE dagster_event_type = 'STEP_START'"
-                    " AND run_id = (SELECT run_id FROM runs ORDER BY id DESC LIMIT 1)"
-                ).fetchone()
-                found = (
-                    row
-                    and told.execute(
-                        "SELECT string_agg(event, '') FROM event_logs"
-                        " WHERE run_id = (SELECT run_id FROM runs ORDER BY id DESC LIMIT 1)"
-                    ).fetchone()
-                )
-                match = found and re.search(r"\(pid: (\d+)\)", found[0])
-                return int(match[1]) if match else None
-
-            until(lambda: worker() is not None, "the run is at work")
-            pid = worker()
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-        connection.execute("SELECT pg_advisory_unlock_all()")
+        kill_at_work(environment, connection)
         response = asked.result()
     assert response.status_code == 200, response.text
     assert response.json()["enqueued"] > 0
+
+
+@pytest.mark.usefixtures("lock")
+def test_our_client_waits_for_a_killed_run_that_is_done_again(
+    live: LiveDeployment, connection: Connection, environment: dict[str, str]
+) -> None:
+    connection.execute("DELETE FROM fact_turn")
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        deployment = Deployment(live.url)
+        asked = pool.submit(
+            deployment.run, "backfill_reporting", {}, lambda said: told.append(said.message)
+        )
+        kill_at_work(environment, connection)
+        counts = asked.result()
+    assert counts["enqueue"]["enqueued"] > 0
+    assert any("done again" in message for message in told)
 
 
 def test_a_server_that_restarts_loses_no_run(live: LiveDeployment) -> None:

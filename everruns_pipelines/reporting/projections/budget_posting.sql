@@ -19,4 +19,4 @@ SELECT
     CASE WHEN selected.amount >= 0 THEN 0 ELSE 1 END AS credit_count
 FROM selected
 LEFT JOIN budgets AS budget
-    ON budget.id = selected.budget_id AND budget.org_id = selected.org_id
+    ON budget.id = selected.budget_id AND (budget.org_id = selected.org_id) IS TRUE

@@ -15,7 +15,7 @@ SELECT
                     SELECT name FROM mcp_servers
                     WHERE id = substr(capability_id, 5)::uuid
                         AND 'mcp:' || id = capability_id
-                        AND org_id = configured.org_id
+                        AND (org_id = configured.org_id) IS TRUE
                 )
             WHEN starts_with(capability_id, 'skill:')
                 AND pg_input_is_valid(substr(capability_id, 7), 'uuid')
@@ -23,7 +23,7 @@ SELECT
                     SELECT name FROM skills
                     WHERE id = substr(capability_id, 7)::uuid
                         AND 'skill:' || id = capability_id
-                        AND org_id = configured.org_id
+                        AND (org_id = configured.org_id) IS TRUE
                 )
             WHEN starts_with(capability_id, 'declarative:') THEN (
                 SELECT coalesce(display_name, name) FROM declarative_capabilities

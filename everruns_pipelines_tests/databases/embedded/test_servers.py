@@ -123,7 +123,7 @@ def test_the_server_starts_again_on_demand_and_has_kept_the_data(home: Path, sta
 
 
 def test_a_process_that_comes_while_the_server_stops_gets_a_server_that_runs(
-    home: Path, start: Start
+    start: Start,
 ) -> None:
     leaving = start()
     leaving.url()
