@@ -293,7 +293,7 @@ class _Seen:
         self.status = run["status"]
         self.tags = {tag["key"]: tag["value"] for tag in run["tags"]}
         self.cursor, self.has_more = log["cursor"], log["hasMore"]
-        if self.status == "FAILURE" and not self.has_more:
+        if self.status == "FAILURE" and not self.has_more and _WILL_RETRY_TAG not in self.tags:
             self.undecided_answers += 1
         for event in log["events"]:
             self._take_in_event(event, tell)
