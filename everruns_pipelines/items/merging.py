@@ -44,7 +44,8 @@ def merge(
     connection.execute(_SQL["choose"])
     underway = 0 if grace is None else connection.execute(_SQL["leave"], {"grace": grace}).rowcount
     done = Merged(underway=underway)
-    connection.execute("ANALYZE chosen (candidate, round)")
+    connection.execute("CREATE INDEX ON chosen (candidate)")
+    connection.execute("ANALYZE chosen (candidate, round, ref)")
     for number in count():
         connection.execute(_SQL["refs"], {"round": number})
         for batch in batches(connection, number):

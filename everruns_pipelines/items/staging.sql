@@ -6,6 +6,9 @@ SET temp_buffers = '256MB';
 SET work_mem = '64MB';
 SET enable_memoize = off;
 
+-- Of what is staged: that keys and refs hardly repeat is seen in a few thousand of them.
+SET default_statistics_target = 10;
+
 -- Filled by COPY from ClickHouse.
 CREATE TEMP TABLE staged_spans (
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -86,7 +89,7 @@ CREATE INDEX ON candidates (id) WHERE links IS NOT NULL;
 
 -- One candidate per dedupe key. A later round holds those whose ref an earlier one set free.
 CREATE TEMP TABLE chosen (
-    candidate bigint PRIMARY KEY,
+    candidate bigint NOT NULL,
     round integer NOT NULL DEFAULT 0,
     project_id uuid NOT NULL,
     dedupe_key text NOT NULL,
