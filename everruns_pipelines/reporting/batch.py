@@ -35,6 +35,7 @@ _BEFORE_SESSIONS = (EVENT, LLM_GENERATION, USAGE_LEDGER)
 
 _SECONDS = 0.2  # that a batch should take
 _LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
+_GROWN = 30  # times as large as when it was planned: planning takes as long as 1,000 rows do
 _SHORT_WAIT = "SET LOCAL lock_timeout = '200ms'"
 _LOCKED_SECONDS = 60
 
@@ -127,9 +128,9 @@ class Batches:
             return drained
 
     def _renew_plans(self, rows: int) -> None:
-        """Plan anew when tables are a few times as large: they grow with what is projected."""
+        """Plan anew when tables are many times as large: they grow with what is projected."""
         self._rows += rows
-        if self._rows > 4 * self._rows_when_planned:
+        if self._rows > _GROWN * self._rows_when_planned:
             self._rows_when_planned = self._rows
             self._connection.execute("DISCARD PLANS")
 

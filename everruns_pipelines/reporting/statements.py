@@ -17,7 +17,7 @@ Projections: TypeAlias = tuple[tuple[Fact, Projection], ...]
 
 _LARGEST_BIGINT = 2**63 - 1
 _KEY = (sql.Identifier("org_id"), sql.Identifier("source_key"))
-_PARTS = ("made", "added", "written", "noted", "settled", "removed")
+_PARTS = ("made", "added", "written", "settled", "removed")
 
 
 @cache
@@ -35,11 +35,22 @@ def writing(projections: Projections, facts: Facts) -> bytes:
     source = projections[0][1].source
     types = sorted({kind for _, projection in projections for kind in projection.event_types})
     names = [_names(fact, projection, facts) for fact, projection in projections]
-    write, count = (_INSERT, _INSERTED) if facts is Facts.NEW else (_PROJECT, _PROJECTED)
+    is_new = facts is Facts.NEW
+    write, count = (_INSERT, _INSERTED) if is_new else (_PROJECT, _PROJECTED)
+    parts = [sql.SQL(write).format(**of_part) for of_part in names]
+    counts = [sql.SQL(count).format(**of_part) for of_part in names]
+    remarks = [
+        sql.SQL(_REMARKS).format(**of_part)
+        for of_part, (_, projection) in zip(names, projections, strict=True)
+        if projection.rejects or projection.reports
+    ]
+    if remarks:
+        parts.append(sql.SQL(_NOTE).format(remarks=sql.SQL(" UNION ALL ").join(remarks)))
+        counts.append(sql.SQL(_REJECTED).format(read=sql.SQL("count(*)" if is_new else "0")))
     text = sql.SQL("WITH source_rows AS MATERIALIZED ({read}), {parts} {counts}").format(
         read=looked_up_rows(source, types),
-        parts=sql.SQL(", ").join(sql.SQL(write).format(**of_part) for of_part in names),
-        counts=sql.SQL(" UNION ALL ").join(sql.SQL(count).format(**of_part) for of_part in names),
+        parts=sql.SQL(", ").join(parts),
+        counts=sql.SQL(" UNION ALL ").join(counts),
     )
     statement = text.as_bytes(None).replace(b"%(first)s", b"$1").replace(b"%(last)s", b"$2")
     return statement.replace(b"%%", b"%")
@@ -94,7 +105,6 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
     }
     has_notes = projection.rejects or projection.reports
     return names | {
-        "note": sql.SQL(_NOTE if has_notes else "").format(**names),
         "settle": sql.SQL(_SETTLE if has_notes else "").format(**names),
         "remove": sql.SQL(_REMOVE if projection.supersedes else _REMOVE_NOTHING).format(**names),
     }
@@ -125,7 +135,6 @@ def _unstorable(fact: Fact) -> sql.Composed:
 # rejected or reported are made again.
 _INSERT = """
 {made} AS {kept} MATERIALIZED ({projected}),
-{note}
 {added} AS (
     INSERT INTO {fact} AS fact ({columns}, projected_at)
     SELECT {columns}, now()
@@ -139,11 +148,6 @@ _INSERTED = """
 SELECT {name}, day::text, count(*), count(*), 0::bigint, 0::bigint, 0::bigint, count(*), NULL::jsonb
 FROM {added}
 GROUP BY day
-UNION ALL
-SELECT {name}, time_bucket_day::text, count(*), 0, 0, 0, count(*), 0, NULL
-FROM {made}
-WHERE rejected IS NOT NULL
-GROUP BY time_bucket_day
 """
 
 _PROJECT = """
@@ -186,7 +190,6 @@ _PROJECT = """
     WHERE fact.projected_at = excluded.projected_at
     RETURNING new.time_bucket_day AS day, old.org_id IS NULL AS is_new
 ),
-{note}
 {settle}
 {removed} AS ({remove})
 """
@@ -199,7 +202,7 @@ SELECT
     0::bigint,
     0::bigint,
     0::bigint,
-    count(*) FILTER (WHERE rejected IS NOT NULL),
+    0::bigint,
     count(*) FILTER (WHERE wanted AND unstorable IS NULL),
     jsonb_agg(
         jsonb_build_array(org_id, split_part(source_key, ':', 2), unstorable)
@@ -225,20 +228,34 @@ UNION ALL
 SELECT {name}, day::text, 0, 0, 0, count(*), 0, 0, NULL FROM {removed} GROUP BY day
 """
 
+# What is rejected, or written as something else than the source says.
+_REMARKS = """
+SELECT {name} AS fact, org_id, source_key, session_id, time_bucket_day AS day, rejected, reported
+FROM {made}
+WHERE coalesce(rejected, reported) IS NOT NULL
+"""
+
 _NOTE = """
-{noted} AS (
+remarks AS MATERIALIZED ({remarks}),
+noted AS (
     INSERT INTO everruns_pipelines.fact_rejections AS known
         (fact, org_id, source_key, session_id, reason, written)
-    SELECT {name}, org_id, source_key, session_id, coalesce(rejected, reported), rejected IS NULL
-    FROM {made}
-    WHERE coalesce(rejected, reported) IS NOT NULL
+    SELECT fact, org_id, source_key, session_id, coalesce(rejected, reported), rejected IS NULL
+    FROM remarks
     ON CONFLICT (fact, org_id, source_key) DO UPDATE
     SET session_id = excluded.session_id,
         reason = excluded.reason,
         written = excluded.written,
         rejected_at = now()
     WHERE (known.reason, known.written) IS DISTINCT FROM (excluded.reason, excluded.written)
-),
+)
+"""
+
+_REJECTED = """
+SELECT fact, day::text, {read}, 0, 0, 0, count(*), 0, NULL
+FROM remarks
+WHERE rejected IS NOT NULL
+GROUP BY fact, day
 """
 
 _SETTLE = """
@@ -254,30 +271,32 @@ _SETTLE = """
 ),
 """
 
+# By place: joined by key, a plan made while the table is small would read all of it ever after.
 _REMOVE = """
-    DELETE FROM {fact} AS fact
-    USING (
-        SELECT stored.org_id, stored.source_key
-        FROM pg_temp.selection AS source
-        JOIN sessions AS session
-            ON session.id = source.source_id AND (session.org_id = source.org_id) IS TRUE
-        -- OFFSET: looked up source by source. Statistics that lag behind a growing table would
-        -- have the planner read all of it. ORDER: by the index of sessions, see above.
-        CROSS JOIN LATERAL (
-            SELECT fact.org_id, fact.source_key
-            FROM {fact} AS fact
-            WHERE {superseded}
-            ORDER BY fact.session_id
-            OFFSET 0
-        ) AS stored
-        WHERE source.part BETWEEN %(first)s AND %(last)s
-            AND NOT EXISTS (
-                SELECT FROM {made} AS made
-                WHERE made.org_id = stored.org_id AND made.source_key = stored.source_key
-            )
-    ) AS gone
-    WHERE fact.org_id = gone.org_id AND fact.source_key = gone.source_key
-    RETURNING fact.time_bucket_day AS day
+    DELETE FROM {fact} AS removed
+    WHERE removed.ctid = ANY (
+        ARRAY(
+            SELECT stored.place
+            FROM pg_temp.selection AS source
+            JOIN sessions AS session
+                ON session.id = source.source_id AND (session.org_id = source.org_id) IS TRUE
+            -- OFFSET: looked up source by source. Statistics that lag behind a growing table would
+            -- have the planner read all of it. ORDER: by the index of sessions, see above.
+            CROSS JOIN LATERAL (
+                SELECT fact.ctid AS place, fact.org_id, fact.source_key
+                FROM {fact} AS fact
+                WHERE {superseded}
+                ORDER BY fact.session_id
+                OFFSET 0
+            ) AS stored
+            WHERE source.part BETWEEN %(first)s AND %(last)s
+                AND NOT EXISTS (
+                    SELECT FROM {made} AS made
+                    WHERE made.org_id = stored.org_id AND made.source_key = stored.source_key
+                )
+        )
+    )
+    RETURNING removed.time_bucket_day AS day
 """
 
 _REMOVE_NOTHING = "SELECT NULL::date AS day WHERE false"
