@@ -93,17 +93,17 @@ GRANT SELECT (id, organization_id, slug) ON item_workspaces TO everruns_pipeline
 GRANT SELECT (id, workspace_id, slug) ON projects TO everruns_pipelines_worker;
 GRANT
     SELECT (
-        id, project_id, dedupe_key, item_type, title, ref, data, session_id, trace_id, span_id,
-        capability, capability_version, schema_ref
+        id, project_id, dedupe_key, organization_id, item_type, title, ref, data, session_id,
+        trace_id, span_id, capability, capability_version, schema_ref
     ),
     INSERT (
-        organization_id, project_id, dedupe_key, disposition, source, created_at, updated_at,
+        project_id, dedupe_key, disposition, source, created_at, updated_at, organization_id,
         item_type, title, ref, data, session_id, trace_id, span_id, capability,
         capability_version, schema_ref
     ),
     UPDATE (
-        updated_at, item_type, title, ref, data, session_id, trace_id, span_id, capability,
-        capability_version, schema_ref
+        updated_at, organization_id, item_type, title, ref, data, session_id, trace_id, span_id,
+        capability, capability_version, schema_ref
     )
 ON items TO everruns_pipelines_worker;
 GRANT

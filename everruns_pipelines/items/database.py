@@ -15,7 +15,8 @@ _PLATFORM_TABLES = ("item_organizations", "item_workspaces", "projects", "items"
 
 # What we do with them. Of an item everything but what people decide about it.
 _DERIVED = (
-    "item_type title ref data session_id trace_id span_id capability capability_version schema_ref"
+    "organization_id item_type title ref data session_id trace_id span_id capability"
+    " capability_version schema_ref"
 )
 _READ = {
     "item_organizations": "id slug",
@@ -25,8 +26,7 @@ _READ = {
     "item_links": "id source_item_id target_item_id relationship",
 }
 _INSERTED = {
-    "items": f"organization_id project_id dedupe_key disposition source created_at updated_at"
-    f" {_DERIVED}",
+    "items": f"project_id dedupe_key disposition source created_at updated_at {_DERIVED}",
     "item_links": "id project_id source_item_id target_item_id relationship created_at",
 }
 _UPDATED = {"items": f"updated_at {_DERIVED}"}

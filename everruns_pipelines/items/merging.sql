@@ -166,14 +166,19 @@ WITH compared AS MATERIALIZED (
         item.id AS item_id,
         -- Told one by one only of items that differ.
         CASE WHEN item.id IS NOT NULL AND (
-            item.item_type, item.title, nullif(item.ref, ''), item.session_id, item.trace_id,
-            item.span_id, item.capability, item.capability_version, item.schema_ref
+            item.organization_id, item.item_type, item.title, nullif(item.ref, ''),
+            item.session_id, item.trace_id, item.span_id, item.capability,
+            item.capability_version, item.schema_ref
         ) IS DISTINCT FROM (
-            candidate.item_type, candidate.title, candidate.ref, candidate.session_id,
-            candidate.trace_id, candidate.span_id, candidate.capability,
+            candidate.organization_id, candidate.item_type, candidate.title, candidate.ref,
+            candidate.session_id, candidate.trace_id, candidate.span_id, candidate.capability,
             candidate.capability_version, candidate.schema_ref
         ) THEN array_remove(
             ARRAY[
+                CASE
+                    WHEN item.organization_id IS DISTINCT FROM candidate.organization_id
+                        THEN 'organization_id'
+                END,
                 CASE WHEN item.item_type IS DISTINCT FROM candidate.item_type THEN 'item_type' END,
                 CASE WHEN item.title IS DISTINCT FROM candidate.title THEN 'title' END,
                 -- An empty ref is none.
@@ -249,6 +254,7 @@ ORDER BY planned.candidate
 -- where the row came from stays: id, source, created_by, created_at, disposition.
 UPDATE items
 SET
+    organization_id = candidate.organization_id,
     item_type = candidate.item_type,
     title = candidate.title,
     ref = candidate.ref,

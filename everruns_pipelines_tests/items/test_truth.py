@@ -3,7 +3,7 @@
 import pytest
 
 from everruns_pipelines_tests.items.generations import GENERATIONS
-from everruns_pipelines_tests.items.world import Span, World, envelope, key
+from everruns_pipelines_tests.items.world import ORGANIZATION, Span, World, envelope, key, name_id
 
 _REFUSED = {"dreadnode.tool.error": "ValueError: Item was not saved to the platform: 422: no"}
 _FAILED = {"dreadnode.tool.error": "ConnectionError: the platform cannot be reached"}
@@ -36,6 +36,18 @@ def test_edits_that_are_taken_back_are_named_without_their_values(world: World) 
     assert world.log[-1:] == [f"Would take back title, data of item {edited}"]
     assert world.items()[key("edited")]["title"] == "mine"
     assert world.rebuild().taken_back == would.taken_back
+    assert world.rebuild().taken_back == []
+
+
+def test_an_item_goes_back_to_the_organization_of_its_project(world: World) -> None:
+    elsewhere = name_id("another organization")
+    world.connection.execute(
+        "INSERT INTO item_organizations (slug, id) VALUES ('umbra', %s)", [elsewhere]
+    )
+    moved = world.post("moved", organization_id=elsewhere)
+    world.add(Span([envelope("moved")]))
+    assert world.rebuild().taken_back == [(str(moved), ["organization_id"])]
+    assert world.items()[key("moved")]["organization_id"] == ORGANIZATION
     assert world.rebuild().taken_back == []
 
 
