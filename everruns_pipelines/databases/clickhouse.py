@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from everruns_pipelines.databases.interruptible import ByteStream, Client, InterruptibleClient
-from everruns_pipelines.errors import Refusal
+from everruns_pipelines.errors import Refusal, SettingsError
 from everruns_pipelines.settings import Settings
 
 # How long a reader waits for the embedded directory, in seconds: longer than any sane read.
@@ -327,9 +328,12 @@ def _server_client(dsn: str, within: float | None) -> Client:
             "send_receive_timeout": max(1, round(within)),
             "connect_timeout": max(1, round(within / 2)),
         }
+    host = urlsplit(dsn).hostname or ""
     with _failures():
         return _client(
             dsn=dsn,
+            # The driver forgets the brackets of an IPv6 address.
+            host=f"[{host}]" if ":" in host else host,
             # The driver takes no notice of the scheme.
             secure=dsn.startswith("clickhouses://"),
             **bounds,
@@ -369,7 +373,13 @@ def _client(**options: Any) -> Client:
         get_client,  # pyright: ignore[reportUnknownVariableType]
     )
 
-    client: Any = get_client(**options)
+    try:
+        client: Any = get_client(**options)
+    except ImportError:
+        raise SettingsError(
+            "The embedded ClickHouse is not installed: set EVERRUNS_CLICKHOUSE_DSN to a server's, "
+            "or install everruns_pipelines[embedded]"
+        ) from None
     return client
 
 

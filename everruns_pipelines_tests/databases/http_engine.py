@@ -5,6 +5,7 @@ A number is the code of the error that is answered.
 Older engines run in environments of their own, which have nothing but Python: see `older_engine`.
 """
 
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -30,15 +31,19 @@ READS_SPANS = "dreadnode.outputs"
 
 
 class HttpEngine(ThreadingHTTPServer):
-    """A server on 127.0.0.1; `faults` come first, `queries` are what was asked, under which `ids`.
+    """A server on loopback; `faults` come first, `queries` are what was asked, under which `ids`.
 
     Faults hit the queries that hold the text `faulty`.
     """
 
     daemon_threads = True
 
-    def __init__(self, answer: Answer, certificate: Path | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self, answer: Answer, certificate: Path | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), _Handler)
+        self.host = f"[{host}]" if ":" in host else host
         self.answer = answer
         self.scheme = "clickhouse"
         if certificate is not None:
@@ -54,7 +59,7 @@ class HttpEngine(ThreadingHTTPServer):
 
     @property
     def dsn(self) -> str:
-        return f"{self.scheme}://user:secret@127.0.0.1:{self.server_port}/default"
+        return f"{self.scheme}://user:secret@{self.host}:{self.server_port}/default"
 
 
 @contextmanager
@@ -63,12 +68,14 @@ def serving(
     *,
     profile: Mapping[str, str] | None = None,
     certificate: Path | None = None,
+    host: str = "127.0.0.1",
 ) -> Generator[HttpEngine]:
     """The engine of `clickhouse` as a server, which has it from the first query to its own end.
 
     Args:
         profile: settings of the user that everybody is.
         certificate: of the server, with its key, in one file; None = without TLS.
+        host: the address of loopback where it listens.
     """
     turn = threading.Lock()
     engine = ExitStack()
@@ -87,7 +94,7 @@ def serving(
             final, _, runtime = client._prep_raw_query_runtime(query, None, None, None, True)
             return client._backend.execute_raw_query(final, dict(bound), None, runtime, None)
 
-    with HttpEngine(answer, certificate) as server, engine:
+    with HttpEngine(answer, certificate, host) as server, engine:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

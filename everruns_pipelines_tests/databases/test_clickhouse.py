@@ -215,6 +215,27 @@ def test_a_query_of_the_embedded_engine_ends_when_its_time_is_over(directory: Pa
                 opened.rows(_LONG, {}, ["rows"])
 
 
+def test_a_server_may_be_named_by_an_ipv6_address(directory: Path) -> None:
+    with serving(_resource(directory), host="::1") as server:
+        assert "@[::1]:" in server.dsn
+        settings = Settings.from_environment({"EVERRUNS_CLICKHOUSE_DSN": server.dsn})
+        with ClickHouseDatabase(settings).connect() as clickhouse:
+            assert clickhouse.rows("SELECT 1 AS one", {}, ["one"]) == [["1"]]
+
+
+def test_an_embedded_engine_that_is_not_installed_is_said_in_one_line(directory: Path) -> None:
+    without = "import sys; sys.modules['chdb'] = None\n"  # in a process that has not imported it
+    held = subprocess.run(
+        [sys.executable, "-c", without + _HOLD, str(directory)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert held.returncode == 1
+    assert "SettingsError: The embedded ClickHouse is not installed: set EVERRUNS_" in held.stderr
+
+
 def test_a_server_is_told_to_end_a_query_whose_reader_was_interrupted(directory: Path) -> None:
     with serving(_resource(directory)) as server:
         server.faults.append("stall")
