@@ -40,7 +40,7 @@ from everruns_pipelines.settings import Settings
 
 SOURCE_ROWS = 200_000
 LONG_QUEUE = 1_000_000
-ROUNDS = 3
+ROUNDS = 5
 ROW_BY_ROW_SAMPLE = 20_000
 FAILING = 37  # of 5,000
 ENQUEUE_SECONDS = 5

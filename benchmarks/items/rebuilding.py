@@ -29,7 +29,7 @@ from everruns_pipelines.settings import Settings
 
 SPANS = 5_000_000
 ITEMS = 100_000
-ROUNDS = 3
+ROUNDS = 6
 NOTHING = "aaaaaaaa-0000-4000-8000-00000000000f"
 LARGE = "aaaaaaaa-0000-4000-8000-000000000001"
 SMALL = "aaaaaaaa-0000-4000-8000-000000000002"
