@@ -44,6 +44,7 @@ def merge(
     connection.execute(_SQL["choose"])
     underway = 0 if grace is None else connection.execute(_SQL["leave"], {"grace": grace}).rowcount
     done = Merged(underway=underway)
+    # Now that it is full; and that refs hardly repeat decides how they are compared.
     connection.execute("CREATE INDEX ON chosen (candidate)")
     connection.execute("ANALYZE chosen (candidate, round, ref)")
     for number in count():
@@ -52,7 +53,7 @@ def merge(
             done.counts.update(_merge_batch(connection, batch, dry_run=dry_run))
             most = MOST_TOLD - len(done.taken_back)
             done.taken_back.extend(connection.execute(_SQL["taken_back"], {"most": most}))
-            log(f"{done.counts.total()} items done")
+            log(f"{done.counts.total()} items {'compared' if dry_run else 'done'}")
         if not connection.execute(_SQL["revive"], {"round": number + 1}).rowcount:
             break
     return done

@@ -1,9 +1,7 @@
 """Days: compares the facts of UTC days with their sources, and makes the days right.
 
 "Is this day right?" has one answer, computed here for the asset, its checks and the diagnosis. A
-range of days is first compared as a whole, in one pass over sources and facts: of each day the xor
-of the hashes of all rows that must be there and of all that are there is 0 if, and but for a chance
-of 2^-64 only if, they are the same. Days that differ are compared row by row.
+range of days is first compared as a whole (`right_days`). Days that differ are compared row by row.
 
 The sources of a day are those that happened on it, and those of the facts that stand in it: so a
 fact that stands in the wrong day is found there, too.
@@ -18,7 +16,7 @@ from functools import partial
 from psycopg import sql
 
 from everruns_pipelines.databases.postgres import Connection, transaction, tried_again
-from everruns_pipelines.reporting.catalog import SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.catalog import SESSION, Fact, Source
 from everruns_pipelines.reporting.erasure import forget_sessions
 from everruns_pipelines.reporting.projector import (
     Outcome,
@@ -29,16 +27,15 @@ from everruns_pipelines.reporting.projector import (
 from everruns_pipelines.reporting.query import (
     BETWEEN,
     KEY_OF_FACT,
-    projected_rows,
     selected_rows,
     staged_rows,
     stands,
 )
+from everruns_pipelines.reporting.right_days import WORK_MEM, days_between, right_days
 from everruns_pipelines.reporting.selection import Failure, stage
 
 # Sources per transaction: a day of any size is worked off in steps that others can wait for.
 _STEP = 20_000
-_WORK_MEM = "64MB"
 
 # How long a change may take to reach the facts: what nobody enqueued is looked for every few
 # minutes.
@@ -75,21 +72,6 @@ class DayReport:
     failures: list[Failure] = field(default_factory=list[Failure])
 
 
-@dataclass(frozen=True)
-class _RightDay:
-    """A day whose facts are those that its sources make.
-
-    Args:
-        read: rows that its sources make.
-        rejected: of those, rows that are not stored.
-        is_noted: what is to be said of its rows stands among the rejections.
-    """
-
-    read: int
-    rejected: int
-    is_noted: bool
-
-
 def compare_days(
     connection: Connection, fact: Fact, first: date, last: date, grace: timedelta | None = None
 ) -> dict[date, DayState]:
@@ -99,7 +81,7 @@ def compare_days(
         grace: how long a change may take to reach the facts before it counts as missing or stale.
             None counts every difference, even that of a source which waits in the outbox.
     """
-    right = _right_days(connection, fact, first, last)
+    right = right_days(connection, fact, first, last)
     states = {day: DayState(row.read - row.rejected) for day, row in right.items()}
     differing = [day for day in days_between(first, last) if day not in right]
     if differing:
@@ -130,7 +112,7 @@ def materialize_days(
         Each day once it is right and committed, with what was done.
     """
     right = {
-        day: row for day, row in _right_days(connection, fact, first, last).items() if row.is_noted
+        day: row for day, row in right_days(connection, fact, first, last).items() if row.is_noted
     }
     days = days_between(first, last)
     differing = [day for day in days if day not in right]
@@ -190,68 +172,11 @@ def stretches(days: Collection[date]) -> Iterator[tuple[date, date]]:
     yield first, last
 
 
-def days_between(first: date, last: date) -> list[date]:
-    """The days from `first` to `last`, both included."""
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
-
-
-def _right_days(
-    connection: Connection, fact: Fact, first: date, last: date
-) -> dict[date, _RightDay]:
-    """The days whose facts are exactly those that their sources make."""
-    query = sql.SQL(_DAYS).format(
-        rows=sql.SQL(" UNION ALL ").join(
-            [*(_hashed_rows(fact, part) for part in fact.projections), _hashed_facts(fact)]
-        )
-    )
-    with transaction(connection, work_mem=_WORK_MEM):
-        rows = connection.execute(query, {"first": first, "last": last}).fetchall()
-    found = {
-        day: _RightDay(read, rejected, noted) for day, same, read, rejected, noted in rows if same
-    }
-    differing = {day for day, same, *_ in rows if not same}
-    nothing = _RightDay(0, 0, is_noted=True)
-    return {
-        day: found.get(day, nothing) for day in days_between(first, last) if day not in differing
-    }
-
-
-def _hashed_rows(fact: Fact, projection: Projection) -> sql.Composed:
-    """The rows that the sources of the days make, each as (day, hash, is_read, ...)."""
-    notes = projection.rejects or projection.reports
-    return sql.SQL(_NOTED_ROWS if notes else _PROJECTED_ROWS).format(
-        hash=_hash(fact, "projected"),
-        projected=projected_rows(fact, projection, BETWEEN),
-        name=sql.Literal(fact.table),
-    )
-
-
-def _hashed_facts(fact: Fact) -> sql.Composed:
-    return sql.SQL(_STORED_ROWS).format(hash=_hash(fact, "fact"), fact=sql.Identifier(fact.table))
-
-
-def _hash(fact: Fact, relation: str) -> sql.Composed:
-    """The hash of a whole row, the same on both sides: values of one type each."""
-    return sql.SQL("hash_record_extended(ROW ({}), 0)").format(
-        sql.SQL(", ").join(_as_stored(column, relation) for column in fact.columns)
-    )
-
-
-def _as_stored(column: Column, relation: str) -> sql.Composed:
-    """The value in the column's type; NULL, as no number is stored, if it does not fit."""
-    value = sql.Identifier(relation, column.name)
-    if column.type != "bigint" or relation == "fact":
-        return sql.SQL("{}::{}").format(value, sql.SQL(column.type))
-    return sql.SQL("CASE WHEN {0} BETWEEN {1} AND {2} THEN {0}::bigint END").format(
-        value, sql.Literal(-(2**63)), sql.Literal(2**63 - 1)
-    )
-
-
 def compare_day(
     connection: Connection, fact: Fact, day: date, grace: timedelta | None = None
 ) -> DayState:
     """Compare one of the staged days with its sources, row by row."""
-    with transaction(connection, work_mem=_WORK_MEM):
+    with transaction(connection, work_mem=WORK_MEM):
         staged = _stage_day(connection, day)
         compared = Counter[str]()
         for projection in fact.projections:
@@ -327,7 +252,7 @@ def stage_days(connection: Connection, fact: Fact, days: Sequence[date]) -> None
 
 
 def _project_step(connection: Connection, fact: Fact, day: date, start: int) -> Outcome:
-    with transaction(connection, work_mem=_WORK_MEM):
+    with transaction(connection, work_mem=WORK_MEM):
         staged = _stage_day(connection, day, after=start, up_to=start + _STEP)
         outcome = Outcome()
         for source in fact.sources:
@@ -340,7 +265,7 @@ def _remove(
     connection: Connection, fact: Fact, day: date, states: list[str], session_id: str | None
 ) -> tuple[int, int]:
     """Remove the leftovers in some states; how many, and how many are left."""
-    with transaction(connection, work_mem=_WORK_MEM):
+    with transaction(connection, work_mem=WORK_MEM):
         staged = _stage_day(connection, day)
         if SESSION in fact.sources:
             # What a session has lost it may have again before the row is removed.
@@ -412,43 +337,6 @@ def _behind(fact: Fact) -> sql.Composed:
 def _columns(fact: Fact, relation: str) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(relation, column.name) for column in fact.columns)
 
-
-_DAYS = """
-SELECT
-    day,
-    bit_xor(hash) = 0 AS is_right,
-    coalesce(sum(is_read), 0)::bigint AS read,
-    coalesce(sum(is_rejected), 0)::bigint AS rejected,
-    bool_and(is_noted) AS is_noted
-FROM ({rows}) AS rows (day, hash, is_read, is_rejected, is_noted)
-GROUP BY day
-"""
-
-_PROJECTED_ROWS = """
-SELECT time_bucket_day, {hash}, 1, 0, true
-FROM ({projected}) AS projected
-"""
-
-_NOTED_ROWS = """
-SELECT
-    time_bucket_day,
-    CASE WHEN rejected IS NULL THEN {hash} ELSE 0 END,
-    1,
-    (rejected IS NOT NULL)::integer,
-    known.reason IS NOT DISTINCT FROM coalesce(rejected, reported)
-        AND coalesce(known.written = (rejected IS NULL), true)
-FROM ({projected}) AS projected
-LEFT JOIN everruns_pipelines.fact_rejections AS known
-    ON known.fact = {name}
-    AND known.org_id = projected.org_id
-    AND known.source_key = projected.source_key
-"""
-
-_STORED_ROWS = """
-SELECT time_bucket_day, {hash}, 0, 0, true
-FROM {fact} AS fact
-WHERE time_bucket_day BETWEEN %(first)s AND %(last)s
-"""
 
 _DAY_SOURCES = """
 CREATE TEMPORARY TABLE day_sources AS
