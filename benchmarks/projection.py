@@ -128,12 +128,12 @@ def speed(home: Path) -> Generator[Row]:
     bare_twice: list[Cost] = []
     for number in range(ROUNDS):
         per_row.append(row_by_row(home, number))
-        with database(home, f"bare_{number}", like="sample") as connection:
+        with passing(home, f"bare_{number}", like="sample") as connection:
             bare.append(measured(home, lambda c=connection: insert_bare(c)))
         projected.append(set_based(home, number))
-        with database(home, f"by_one_{number}", like="sample") as connection:
+        with passing(home, f"by_one_{number}", like="sample") as connection:
             alone.append(measured(home, lambda c=connection: project_alone(c)))
-        with database(home, f"twice_{number}", like="sample"):
+        with passing(home, f"twice_{number}", like="sample"):
             postgres = postgres_of(home, f"twice_{number}")
             bare_twice.append(measured(home, lambda p=postgres: insert_bare_halves(p)))
 
@@ -181,14 +181,14 @@ def against_row_by_row(
 
 
 def row_by_row(home: Path, number: int) -> Cost:
-    with database(home, f"row_by_row_{number}", like="sample") as connection:
+    with passing(home, f"row_by_row_{number}", like="sample") as connection:
         connection.prepare_threshold = 5  # as an application's driver does
         return measured(home, lambda: project_row_by_row(connection))
 
 
 def set_based(home: Path, number: int) -> Cost:
     name = f"set_{number}"
-    with database(home, name, like="sample"):
+    with passing(home, name, like="sample"):
         postgres = postgres_of(home, name)
         return measured(home, lambda: project(postgres))
 
@@ -245,7 +245,7 @@ def enqueues(home: Path) -> Generator[Row]:
             ("beside", beside, project),
             ("beside_bare", beside_bare, insert_bare_halves),
         ):
-            with database(home, f"{name}_{number}", like="sample"):
+            with passing(home, f"{name}_{number}", like="sample"):
                 times += enqueue_times(postgres_of(home, f"{name}_{number}"), work)
 
     def slowest(times: list[float]) -> float:
@@ -311,7 +311,7 @@ def failing(home: Path) -> Generator[Row]:
         least: list[float] = []
         for number in range(ROUNDS):
             name = f"failing_{count}_{number}"
-            with database(home, name, like="sample") as connection:
+            with passing(home, name, like="sample") as connection:
                 connection.execute(
                     "DELETE FROM reporting_outbox WHERE id NOT IN"
                     " (SELECT id FROM reporting_outbox WHERE source_type = 'event'"
@@ -347,16 +347,16 @@ def tool_calls(connection: Connection, count: int) -> list[str]:
 
 def long_queue(home: Path) -> Generator[Row]:
     """Is the end of a long queue as fast as its beginning?"""
-    with database(home, "long") as connection:
+    with passing(home, "long") as connection:
         load_sample_data(connection, events=LONG_QUEUE, projected_share=0.9, enqueued_share=1.0)
         connection.execute("VACUUM ANALYZE")
         rows = connection.execute("SELECT count(*) FROM reporting_outbox").fetchone()
-    assert rows is not None
-    tenth = rows[0] // 10
-    done, marks = 0, [(0, server_seconds(home))]
-    for batch in drain_in_parallel(postgres_of(home, "long")):
-        done += batch.claimed
-        marks.append((done, server_seconds(home)))
+        assert rows is not None
+        tenth = rows[0] // 10
+        done, marks = 0, [(0, server_seconds(home))]
+        for batch in drain_in_parallel(postgres_of(home, "long")):
+            done += batch.claimed
+            marks.append((done, server_seconds(home)))
     first = next(mark for mark in marks if mark[0] >= tenth)
     last = next(mark for mark in marks if mark[0] >= done - tenth)
     at_first = (first[1] - marks[0][1]) / first[0]
@@ -372,14 +372,14 @@ def long_queue(home: Path) -> Generator[Row]:
 def memory(home: Path) -> Generator[tuple[str, str, str, str]]:
     peaks: dict[int, int] = {}
     for events in (10_000, 1_000_000):
-        with database(home, f"memory_{events}") as connection:
+        with passing(home, f"memory_{events}") as connection:
             load_sample_data(connection, events=events, projected_share=1.0, enqueued_share=1.0)
-        url = embedded_postgres_url(home, f"memory_{events}")
-        answer = subprocess.run(
-            [sys.executable, "-c", "import benchmarks.projection as b; b.print_peak()", url],
-            stdout=subprocess.PIPE,
-            check=True,
-        )
+            url = embedded_postgres_url(home, f"memory_{events}")
+            answer = subprocess.run(
+                [sys.executable, "-c", "import benchmarks.projection as b; b.print_peak()", url],
+                stdout=subprocess.PIPE,
+                check=True,
+            )
         peaks[events] = int(answer.stdout)
     few, many = peaks.values()
     yield (
@@ -515,3 +515,12 @@ def database(home: Path, name: str, like: str = "everruns") -> Generator[Connect
         prepare(connection)
         connection.execute("CHECKPOINT")  # what is timed does not write the copy to disk
         yield connection
+
+
+@contextmanager
+def passing(home: Path, name: str, like: str = "everruns") -> Generator[Connection]:
+    """The same for a while: else autovacuum would work on it beside what is timed next."""
+    with database(home, name, like) as connection:
+        yield connection
+    with psycopg.connect(embedded_postgres_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
