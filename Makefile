@@ -39,7 +39,8 @@ test: install ## the tests
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not deploy and not image'
 
 test-deploy: install $(KUBERNETES)/.installed ## the tests that need Debian's packages or other engines
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m deploy -rs
+	@# Debian keeps servers where not everybody looks for programs.
+	PATH="$$PATH:/usr/sbin" $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m deploy -rs
 
 image-test: install ## build the image with buildah, and run doctor, a backfill and serve from it
 	$(BIN)/pytest -m image
