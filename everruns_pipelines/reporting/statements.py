@@ -17,7 +17,7 @@ Projections: TypeAlias = tuple[tuple[Fact, Projection], ...]
 
 _LARGEST_BIGINT = 2**63 - 1
 _KEY = (sql.Identifier("org_id"), sql.Identifier("source_key"))
-_PARTS = ("made", "added", "written", "settled", "removed")
+_PARTS = ("made", "added", "written", "settled", "gone", "removed")
 
 
 @cache
@@ -106,6 +106,7 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
     has_notes = projection.rejects or projection.reports
     return names | {
         "settle": sql.SQL(_SETTLE if has_notes else "").format(**names),
+        "find_gone": sql.SQL(_GONE if projection.supersedes else "").format(**names),
         "remove": sql.SQL(_REMOVE if projection.supersedes else _REMOVE_NOTHING).format(**names),
     }
 
@@ -191,6 +192,7 @@ _PROJECT = """
     RETURNING new.time_bucket_day AS day, old.org_id IS NULL AS is_new
 ),
 {settle}
+{find_gone}
 {removed} AS ({remove})
 """
 
@@ -271,32 +273,38 @@ _SETTLE = """
 ),
 """
 
-# By place: joined by key, a plan made while the table is small would read all of it ever after.
+# By arrays of keys: joined, a plan made while the table is small would read all of it ever after.
+# Not by place: a row that somebody else writes meanwhile has another one then, and would stay.
 _REMOVE = """
-    DELETE FROM {fact} AS removed
-    WHERE removed.ctid = ANY (
-        ARRAY(
-            SELECT stored.place
-            FROM pg_temp.selection AS source
-            JOIN sessions AS session
-                ON session.id = source.source_id AND (session.org_id = source.org_id) IS TRUE
-            -- OFFSET: looked up source by source. Statistics that lag behind a growing table would
-            -- have the planner read all of it. ORDER: by the index of sessions, see above.
-            CROSS JOIN LATERAL (
-                SELECT fact.ctid AS place, fact.org_id, fact.source_key
-                FROM {fact} AS fact
-                WHERE {superseded}
-                ORDER BY fact.session_id
-                OFFSET 0
-            ) AS stored
-            WHERE source.part BETWEEN %(first)s AND %(last)s
-                AND NOT EXISTS (
-                    SELECT FROM {made} AS made
-                    WHERE made.org_id = stored.org_id AND made.source_key = stored.source_key
-                )
+    DELETE FROM {fact} AS fact
+    WHERE fact.org_id = ANY (ARRAY(SELECT org_id FROM {gone}))
+        AND fact.source_key = ANY (ARRAY(SELECT source_key FROM {gone}))
+        AND ROW (fact.org_id, fact.source_key)
+            = ANY (ARRAY(SELECT ROW (org_id, source_key) FROM {gone}))
+    RETURNING fact.time_bucket_day AS day
+"""
+
+# OFFSET: looked up source by source. Statistics that lag behind a growing table would have the
+# planner read all of it. ORDER: by the index of sessions, see above.
+_GONE = """
+{gone} AS MATERIALIZED (
+    SELECT stored.org_id, stored.source_key
+    FROM pg_temp.selection AS source
+    JOIN sessions AS session
+        ON session.id = source.source_id AND (session.org_id = source.org_id) IS TRUE
+    CROSS JOIN LATERAL (
+        SELECT fact.org_id, fact.source_key
+        FROM {fact} AS fact
+        WHERE {superseded}
+        ORDER BY fact.session_id
+        OFFSET 0
+    ) AS stored
+    WHERE source.part BETWEEN %(first)s AND %(last)s
+        AND NOT EXISTS (
+            SELECT FROM {made} AS made
+            WHERE made.org_id = stored.org_id AND made.source_key = stored.source_key
         )
-    )
-    RETURNING removed.time_bucket_day AS day
+),
 """
 
 _REMOVE_NOTHING = "SELECT NULL::date AS day WHERE false"

@@ -490,3 +490,35 @@ def test_plans_made_while_no_session_had_a_fact_look_each_of_many_up_by_its_key(
     batches.close()
 
     assert read < 20 * 150
+
+
+def test_plans_made_while_no_capability_had_a_fact_remove_those_of_a_session_by_their_keys(
+    ready_world: World,
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    due = datetime.now(UTC) - timedelta(hours=1)
+    session, *_ = (ready_world.session(org) for _ in range(300))
+    connection.execute("ANALYZE")
+    batches = drain(connection, max_attempts=MAX_ATTEMPTS)
+    for version, capabilities in enumerate(("[]", "[]", '["lost"]')):
+        connection.execute(
+            "UPDATE sessions SET capabilities = %s WHERE id = %s", [capabilities, session]
+        )
+        ready_world.enqueue(org, "session", session, str(version), next_attempt_at=due)
+        assert next(batches).completed == 1
+    connection.execute(
+        "INSERT INTO fact_capability_usage"
+        " SELECT (jsonb_populate_record("
+        "fact, jsonb_build_object('source_key', 'event:' || gen_random_uuid(), 'session_id', NULL)"
+        ")).* FROM fact_capability_usage AS fact, generate_series(1, 5000)"
+    )
+    connection.execute("UPDATE sessions SET capabilities = '[]' WHERE id = %s", [session])
+    ready_world.enqueue(org, "session", session, "last", next_attempt_at=due)
+    before = rows_read(connection)
+    assert next(batches).completed == 1
+    read = rows_read(connection) - before
+    batches.close()
+
+    assert value(connection, "SELECT count(*) FROM fact_capability_usage") == 5000
+    assert read < 100

@@ -418,6 +418,32 @@ def test_an_older_snapshot_of_a_session_brings_back_no_capability_that_a_newer_o
     assert differences(world.connection) == []
 
 
+def test_a_capability_that_a_session_lost_goes_although_its_fact_is_written_meanwhile(
+    world: World, postgres: PostgresDatabase
+) -> None:
+    session = world.session(world.org(), capabilities='["kept", "removed"]')
+    project_all(world.connection, SESSION)
+    world.connection.execute(
+        "UPDATE sessions SET capabilities = '[\"kept\"]' WHERE id = %s", [session]
+    )
+    with (
+        postgres.connect() as foreign,
+        postgres.connect() as ours,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        with foreign.transaction():
+            foreign.execute(
+                "UPDATE fact_capability_usage SET projected_at = now()"
+                " WHERE capability_id = 'removed'"
+            )
+            projecting = executor.submit(project_all, ours, SESSION)
+            wait_until(lambda: waiting(world.connection), "our projection to wait")
+        projecting.result(timeout=30)
+
+    assert rows(world.connection, "SELECT capability_id FROM fact_capability_usage") == [("kept",)]
+    assert differences(world.connection) == []
+
+
 def test_projectors_of_the_same_rows_at_once_write_each_row_once(
     ready: Connection, postgres: PostgresDatabase
 ) -> None:
