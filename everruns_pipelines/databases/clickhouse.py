@@ -361,10 +361,16 @@ def _engine_client(directory: Path, log: Log, patience: float) -> Generator[Clie
         directory.with_name(directory.name + ".lock").open("w") as lock,
         _sole_use(directory, lock, log, patience),
     ):
-        with _failures():
-            client = InterruptibleClient(
-                lambda: _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
-            )
+        try:
+            with _failures():
+                client = InterruptibleClient(
+                    lambda: _client(dsn=f"chdb://{directory}", settings=dict(_ENGINE_SETTINGS))
+                )
+        except ImportError:
+            raise SettingsError(
+                "The embedded ClickHouse is not installed: set EVERRUNS_CLICKHOUSE_DSN to a "
+                "server's, or install everruns_pipelines[embedded]"
+            ) from None
         yield client
 
 
@@ -373,13 +379,7 @@ def _client(**options: Any) -> Client:
         get_client,  # pyright: ignore[reportUnknownVariableType]
     )
 
-    try:
-        client: Any = get_client(**options)
-    except ImportError:
-        raise SettingsError(
-            "The embedded ClickHouse is not installed: set EVERRUNS_CLICKHOUSE_DSN to a server's, "
-            "or install everruns_pipelines[embedded]"
-        ) from None
+    client: Any = get_client(**options)
     return client
 
 
