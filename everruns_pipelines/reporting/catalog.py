@@ -132,7 +132,7 @@ class Fact:
     def columns(self) -> tuple[Column, ...]:
         """Every column but `projected_at`, which says when the values last changed."""
         turn = (_TURN_ID,) if self.has_turn else ()
-        return (*_KEY, *turn, *_DIMENSIONS, *_TIME, *self.own_columns)
+        return (*_KEY, *turn, *DIMENSIONS, *_TIME, *self.own_columns)
 
     @cached_property
     def version(self) -> str:
@@ -152,7 +152,7 @@ _KEY = (
     Column("session_id", "uuid", "Session, if the source row has one."),
 )
 _TURN_ID = Column("turn_id", "text", "Turn of the session, as the agent named it.")
-_DIMENSIONS = (
+DIMENSIONS = (
     Column("user_id", "uuid", "User who owns it.", "session.resolved_owner_user_id"),
     Column("principal_id", "uuid", "Principal that owns it.", "session.owner_principal_id"),
     Column("agent_id", "uuid", "Agent.", "session.agent_id"),

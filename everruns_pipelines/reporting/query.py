@@ -1,11 +1,19 @@
 """SQL that follows from the catalog: the rows a fact must have, for any selection of sources."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import LiteralString
 
 from psycopg import sql
 
-from everruns_pipelines.reporting.catalog import EVENT, SESSION, Column, Fact, Projection, Source
+from everruns_pipelines.reporting.catalog import (
+    DIMENSIONS,
+    EVENT,
+    SESSION,
+    Column,
+    Fact,
+    Projection,
+    Source,
+)
 from everruns_pipelines.reporting.source_columns import SOURCE_COLUMNS
 
 # What happened on a day from `first` to `last`. A join without columns, so that the condition can
@@ -62,40 +70,62 @@ def selected_rows(source: Source, event_types: Iterable[str], selection: sql.SQL
     )
 
 
-def looked_up_rows(source: Source, event_types: Iterable[str]) -> sql.Composed:
-    """The same of the selection, from number `first` to `last`, each once, looked up one by one.
+def looked_up(source: Source, event_types: Iterable[str]) -> sql.Composed:
+    """What `rows_of_looked_up` reads, to stand behind WITH.
 
-    Of a source without `org_id`, the selection says whose a row is: `made_rows` has its session
-    confirm it.
+    `source_rows` are rows of the source in the selection from number `first` to `last`, each once,
+    looked up one by one.
+
+    Of a source without `org_id`, the selection says whose a row is: its session must confirm it.
+    Then `source_sessions` are those sessions, with what comes from them: of many rows of a session,
+    each would look the same up.
     """
     columns = columns_of(source)
     if source.org_from_session:
         columns = sql.SQL("selection.org_id, {}").format(columns)
-    return sql.SQL(_LOOKED_UP).format(
-        columns=columns,
-        rows=rows_of(source),
-        of_org=sql.SQL(
-            "" if source.org_from_session else "AND (source.org_id = selection.org_id) IS TRUE"
+    return sql.SQL("{rows}{sessions}").format(
+        rows=sql.SQL(_SOURCE_ROWS).format(
+            columns=columns,
+            rows=rows_of(source),
+            of_org=sql.SQL(
+                "" if source.org_from_session else "AND (source.org_id = selection.org_id) IS TRUE"
+            ),
+            of_types=of_types("AND source.event_type", event_types),
         ),
-        of_types=of_types("AND source.event_type", event_types),
+        sessions=sql.SQL(_SOURCE_SESSIONS if source.org_from_session else "").format(
+            dimensions=sql.SQL(", ").join(
+                sql.SQL("{} AS {}").format(_value(column), sql.Identifier(column.name))
+                for column in DIMENSIONS
+            ),
+            joins=_joins("JOIN", _OF_ORG_BY_ID),
+        ),
     )
 
 
 # LIMIT: in this order, whatever the statistics say of a table that grows, or of a selection. And an
 # event that lies in both tables, as after a restore, is one: it would fail all that is projected
 # with it.
-_LOOKED_UP = """
-SELECT {columns}
-FROM (
-    SELECT DISTINCT ON (org_id, source_id) org_id, source_id
-    FROM pg_temp.selection
-    WHERE part BETWEEN %(first)s AND %(last)s
-) AS selection
-CROSS JOIN LATERAL (
-    SELECT * FROM {rows} AS source
-    WHERE source.id = selection.source_id {of_org} {of_types}
-    LIMIT 1
-) AS source
+_SOURCE_ROWS = """
+source_rows AS MATERIALIZED (
+    SELECT {columns}
+    FROM (
+        SELECT DISTINCT ON (org_id, source_id) org_id, source_id
+        FROM pg_temp.selection
+        WHERE part BETWEEN %(first)s AND %(last)s
+    ) AS selection
+    CROSS JOIN LATERAL (
+        SELECT * FROM {rows} AS source
+        WHERE source.id = selection.source_id {of_org} {of_types}
+        LIMIT 1
+    ) AS source
+)
+"""
+
+_SOURCE_SESSIONS = """,
+source_sessions AS (
+    SELECT projected.org_id, session.id, {dimensions}
+    FROM (SELECT DISTINCT org_id, session_id FROM source_rows) AS projected {joins}
+)
 """
 
 
@@ -118,67 +148,100 @@ def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sq
     """The rows that `projection` makes of the selection: the fact's columns, in their order,
     then `rejected` and `reported`.
     """
-    return made_rows(
-        fact, projection, selected_rows(projection.source, projection.event_types, selection)
+    return _made_rows(
+        fact,
+        projection,
+        selected_rows(projection.source, projection.event_types, selection),
+        _joins("LEFT JOIN", _OF_ORG, projection),
     )
 
 
 def staged_rows(fact: Fact, projection: Projection) -> sql.Composed:
     """The same of what stands in the selection from number `first` to `last`."""
-    source = projection.source
-    return made_rows(
-        fact, projection, looked_up_rows(source, projection.event_types), looked_up=True
+    return sql.SQL("WITH {} SELECT * FROM ({}) AS made").format(
+        looked_up(projection.source, projection.event_types), rows_of_looked_up(fact, projection)
     )
 
 
-def made_rows(
-    fact: Fact, projection: Projection, selected: sql.Composable, *, looked_up: bool = False
+def rows_of_looked_up(fact: Fact, projection: Projection) -> sql.Composed:
+    """The same of what has been `looked_up`."""
+    selected = sql.SQL("SELECT * FROM source_rows {}").format(
+        of_types("WHERE event_type", projection.event_types)
+    )
+    if projection.source.org_from_session:
+        return _made_rows(fact, projection, selected, sql.SQL(_OF_SOURCE_SESSIONS), DIMENSIONS)
+    return _made_rows(fact, projection, selected, _joins("LEFT JOIN", _OF_ORG_BY_ID, projection))
+
+
+def _made_rows(
+    fact: Fact,
+    projection: Projection,
+    selected: sql.Composable,
+    joins: sql.Composable,
+    of_session: Collection[Column] = (),
 ) -> sql.Composed:
-    """The same of source rows of the event types that the projection reads.
-
-    Args:
-        looked_up: they were, one by one: so is what they are joined with. And if only the session
-            says whose they are, those are left out whose session is not of their `org_id`.
+    """Args:
+    of_session: the columns that `session` has by their names, as the joins make it.
     """
-    is_unsure = looked_up and projection.source.org_from_session
-    # No index knows a condition that IS TRUE. While a table is small, or has no statistics, the
-    # planner would as soon read all that an organization has as look a row up by its id.
-    of_org = sql.SQL(_OF_ORG_BY_ID if looked_up else _OF_ORG)
-    agent_id, harness_id = (
-        _value(column, projection)
-        for column in fact.columns
-        if column.name in ("agent_id", "harness_id")
-    )
     return sql.SQL(
         "WITH selected AS NOT MATERIALIZED ({selected}),"
         " all_events AS NOT MATERIALIZED (SELECT * FROM {events} AS event)"
         " SELECT {columns}, {rejected} AS rejected, {reported} AS reported"
-        " FROM ({projection}) AS projected"
-        " {join} sessions AS session"
-        " ON session.id = projected.session_id AND {session_of_org}"
-        " LEFT JOIN agents AS agent ON agent.id = {agent_id} AND {agent_of_org}"
-        " LEFT JOIN harnesses AS harness ON harness.id = {harness_id} AND {harness_of_org}"
+        " FROM ({projection}) AS projected {joins}"
     ).format(
         selected=selected,
-        join=sql.SQL("JOIN" if is_unsure else "LEFT JOIN"),
-        session_of_org=of_org.format(sql.Identifier("session")),
-        agent_of_org=of_org.format(sql.Identifier("agent")),
-        harness_of_org=of_org.format(sql.Identifier("harness")),
         events=rows_of(EVENT),
         columns=sql.SQL(", ").join(
-            sql.SQL("{} AS {}").format(_value(column, projection), sql.Identifier(column.name))
+            sql.SQL("{} AS {}").format(
+                sql.Identifier("session", column.name)
+                if column in of_session
+                else _value(column, projection.provides),
+                sql.Identifier(column.name),
+            )
             for column in fact.columns
         ),
         rejected=sql.SQL("projected.rejected" if projection.rejects else "NULL::text"),
         reported=sql.SQL("projected.reported" if projection.reports else "NULL::text"),
         projection=sql.SQL(projection.sql),
-        agent_id=agent_id,
-        harness_id=harness_id,
+        joins=joins,
     )
 
 
+def _joins(
+    join: LiteralString, of_org: LiteralString, projection: Projection | None = None
+) -> sql.Composed:
+    """Joins what the dimensions of `projected` come from, where its projection does not say."""
+    provided = projection.provides if projection else ()
+    names = ("agent_id", "harness_id")
+    agent_id, harness_id = (
+        sql.Identifier("projected" if name in provided else "session", name) for name in names
+    )
+    return sql.SQL(_JOINS).format(
+        join=sql.SQL(join),
+        agent_id=agent_id,
+        harness_id=harness_id,
+        session_of_org=sql.SQL(of_org).format(sql.Identifier("session")),
+        agent_of_org=sql.SQL(of_org).format(sql.Identifier("agent")),
+        harness_of_org=sql.SQL(of_org).format(sql.Identifier("harness")),
+    )
+
+
+_JOINS = """
+{join} sessions AS session ON session.id = projected.session_id AND {session_of_org}
+LEFT JOIN agents AS agent ON agent.id = {agent_id} AND {agent_of_org}
+LEFT JOIN harnesses AS harness ON harness.id = {harness_id} AND {harness_of_org}
+"""
 _OF_ORG = "{0}.org_id = projected.org_id"
+# No index knows a condition that IS TRUE. While a table is small, or has no statistics, the
+# planner would as soon read all that an organization has as look a row up by its id.
 _OF_ORG_BY_ID = "({0}.org_id = projected.org_id) IS TRUE"
+# A full join is never done row by row: the projector's connection may not hash where it need not.
+# And it stays one, since a condition on how many are NULL says of none of both that it is not.
+_OF_SOURCE_SESSIONS = """
+FULL JOIN source_sessions AS session
+    ON session.id = projected.session_id AND session.org_id = projected.org_id
+WHERE num_nulls(projected.source_key, session.id) = 0
+"""
 
 
 def expected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
@@ -188,8 +251,8 @@ def expected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql
     )
 
 
-def _value(column: Column, projection: Projection) -> sql.Composable:
-    if column.dimension is None or column.name in projection.provides:
+def _value(column: Column, provided: Collection[str] = ()) -> sql.Composable:
+    if column.dimension is None or column.name in provided:
         return sql.Identifier("projected", column.name)
     return sql.SQL(column.dimension)
 

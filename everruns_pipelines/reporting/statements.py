@@ -9,7 +9,7 @@ from typing import TypeAlias
 from psycopg import sql
 
 from everruns_pipelines.reporting.catalog import Fact, Projection
-from everruns_pipelines.reporting.query import looked_up_rows, made_rows, of_types, staged_rows
+from everruns_pipelines.reporting.query import looked_up, rows_of_looked_up, staged_rows
 from everruns_pipelines.reporting.selection import Facts
 
 # All of one source.
@@ -47,8 +47,8 @@ def writing(projections: Projections, facts: Facts) -> bytes:
     if remarks:
         parts.append(sql.SQL(_NOTE).format(remarks=sql.SQL(" UNION ALL ").join(remarks)))
         counts.append(sql.SQL(_REJECTED).format(read=sql.SQL("count(*)" if is_new else "0")))
-    text = sql.SQL("WITH source_rows AS MATERIALIZED ({read}), {parts} {counts}").format(
-        read=looked_up_rows(source, types),
+    text = sql.SQL("WITH {looked_up}, {parts} {counts}").format(
+        looked_up=looked_up(source, types),
         parts=sql.SQL(", ").join(parts),
         counts=sql.SQL(" UNION ALL ").join(counts),
     )
@@ -92,14 +92,7 @@ def _names(fact: Fact, projection: Projection, facts: Facts) -> dict[str, sql.Co
         "refresh": _refresh(columns),
         "unstorable": _unstorable(fact),
         "is_added": sql.SQL("seen_at IS NULL" if facts is Facts.KNOWN else "false"),
-        "projected": made_rows(
-            fact,
-            projection,
-            sql.SQL("SELECT * FROM source_rows {}").format(
-                of_types("WHERE event_type", projection.event_types)
-            ),
-            looked_up=True,
-        ),
+        "projected": rows_of_looked_up(fact, projection),
         "kept": sql.SQL("" if projection.aggregates else "NOT"),
         "superseded": sql.SQL(projection.supersedes or "false"),
     }
