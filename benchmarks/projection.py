@@ -233,17 +233,18 @@ def print_over_tcp() -> None:
 
 
 def enqueues(home: Path) -> Generator[Row]:
-    """How long the application waits for its enqueues: for its own commit, which waits until the
-    disk has all that anybody has written. So do those beside two bare inserts.
+    """How long the application waits for its enqueues: for its turn on a processor, and for its own
+    commit, which waits until the disk has all that anybody has written. Where a drain uses every
+    processor, its turn is most of it: so it is beside as many loops that know no database.
     """
     alone: list[float] = []
     beside: list[float] = []
-    beside_bare: list[float] = []
+    beside_loops: list[float] = []
     for number in range(ROUNDS):
         for name, times, work in (
             ("alone", alone, do_nothing),
             ("beside", beside, project),
-            ("beside_bare", beside_bare, insert_bare_halves),
+            ("beside_loops", beside_loops, compute),
         ):
             with passing(home, f"{name}_{number}", like="sample"):
                 times += enqueue_times(postgres_of(home, f"{name}_{number}"), work)
@@ -253,7 +254,7 @@ def enqueues(home: Path) -> Generator[Row]:
 
     for what, times, target in (
         ("a full drain", beside, "at most 2 x, under 300 ms"),
-        ("two bare inserts", beside_bare, ""),
+        ("two loops that compute", beside_loops, ""),
     ):
         yield (
             f"an enqueue of the application beside {what}, 99th percentile",
@@ -265,6 +266,16 @@ def enqueues(home: Path) -> Generator[Row]:
 
 def do_nothing(_: PostgresDatabase) -> None:
     time.sleep(ENQUEUE_SECONDS)
+
+
+def compute(postgres: PostgresDatabase) -> None:
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        do_nothing(postgres)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def enqueue_times(
