@@ -36,14 +36,20 @@ WITH set_aside AS MATERIALIZED (
     SELECT outbox_id FROM everruns_pipelines.outbox_suspects
 ),
 waiting AS MATERIALIZED (
-    SELECT organization.org_id, reached.at
+    SELECT
+        organization.org_id,
+        reached.at,
+        -- What the shares do not use up goes to those whose rows have waited longest.
+        %(size)s / count(*) OVER () + (
+            row_number() OVER (ORDER BY due.next_attempt_at) <= %(size)s %% count(*) OVER ()
+        )::int AS share
     FROM organizations AS organization
     CROSS JOIN LATERAL (
         SELECT coalesce((%(reached)s::jsonb ->> org_id::text)::timestamptz, '-infinity') AS at
     ) AS reached
     CROSS JOIN LATERAL (
         (
-            SELECT FROM reporting_outbox
+            SELECT next_attempt_at FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'pending' AND next_attempt_at BETWEEN reached.at AND %(cutoff)s
                 AND id NOT IN (SELECT outbox_id FROM set_aside)
@@ -52,73 +58,61 @@ waiting AS MATERIALIZED (
         )
         UNION ALL
         (
-            SELECT FROM reporting_outbox
+            SELECT next_attempt_at FROM reporting_outbox
             WHERE org_id = ANY (ARRAY[organization.org_id])
                 AND status = 'failed' AND next_attempt_at <= %(cutoff)s
                 AND id NOT IN (SELECT outbox_id FROM set_aside)
             ORDER BY org_id, next_attempt_at
             LIMIT 1
         )
+        ORDER BY next_attempt_at
         LIMIT 1
     ) AS due
     WHERE %(org_id)s::bigint IS NULL OR organization.org_id = %(org_id)s
-),
-share AS MATERIALIZED (
-    SELECT ceil(%(size)s::numeric / nullif(count(*), 0))::bigint AS size FROM waiting
 )
-SELECT *
-FROM (
-    SELECT
-        due.*,
-        row_number() OVER (
-            PARTITION BY due.org_id ORDER BY next_attempt_at, created_at
-        ) AS rank
-    FROM waiting
-    CROSS JOIN LATERAL (
-        SELECT * FROM (
-            SELECT
-                ctid AS place,
-                id,
-                org_id,
-                source_type,
-                source_id,
-                attempts = 0 AND claimed_at IS NULL AND source_version = source_id AS is_new,
-                false AS is_apart,
-                next_attempt_at,
-                created_at
-            FROM reporting_outbox
-            WHERE org_id = ANY (ARRAY[waiting.org_id])
-                AND status = 'pending' AND next_attempt_at BETWEEN waiting.at AND %(cutoff)s
-                AND id NOT IN (SELECT outbox_id FROM set_aside)
-            ORDER BY org_id, next_attempt_at
-            LIMIT (SELECT size FROM share)
-            FOR UPDATE SKIP LOCKED
-        ) AS pending
-        UNION ALL
-        SELECT * FROM (
-            SELECT
-                ctid AS place,
-                id,
-                org_id,
-                source_type,
-                source_id,
-                false AS is_new,
-                true AS is_apart,
-                next_attempt_at,
-                created_at
-            FROM reporting_outbox
-            WHERE org_id = ANY (ARRAY[waiting.org_id])
-                AND status = 'failed' AND next_attempt_at <= %(cutoff)s
-                AND id NOT IN (SELECT outbox_id FROM set_aside)
-            ORDER BY org_id, next_attempt_at
-            LIMIT (SELECT size FROM share)
-            FOR UPDATE SKIP LOCKED
-        ) AS failed
-    ) AS due
-) AS oldest
-WHERE rank <= (SELECT size FROM share)
-ORDER BY rank, next_attempt_at
-LIMIT %(size)s
+SELECT due.*
+FROM waiting
+CROSS JOIN LATERAL (
+    SELECT * FROM (
+        SELECT
+            ctid AS place,
+            id,
+            org_id,
+            source_type,
+            source_id,
+            attempts = 0 AND claimed_at IS NULL AND source_version = source_id AS is_new,
+            false AS is_apart,
+            next_attempt_at
+        FROM reporting_outbox
+        WHERE org_id = ANY (ARRAY[waiting.org_id])
+            AND status = 'pending' AND next_attempt_at BETWEEN waiting.at AND %(cutoff)s
+            AND id NOT IN (SELECT outbox_id FROM set_aside)
+        ORDER BY org_id, next_attempt_at
+        LIMIT waiting.share
+        FOR UPDATE SKIP LOCKED
+    ) AS pending
+    UNION ALL
+    SELECT * FROM (
+        SELECT
+            ctid AS place,
+            id,
+            org_id,
+            source_type,
+            source_id,
+            false AS is_new,
+            true AS is_apart,
+            next_attempt_at
+        FROM reporting_outbox
+        WHERE org_id = ANY (ARRAY[waiting.org_id])
+            AND status = 'failed' AND next_attempt_at <= %(cutoff)s
+            AND id NOT IN (SELECT outbox_id FROM set_aside)
+        ORDER BY org_id, next_attempt_at
+        LIMIT waiting.share
+        FOR UPDATE SKIP LOCKED
+    ) AS failed
+    ORDER BY next_attempt_at
+    LIMIT waiting.share
+) AS due
 
 -- name: take
 -- Rows that are due, into the selection, and of what kinds they are. One whose source id is malformed
