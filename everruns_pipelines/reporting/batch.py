@@ -35,7 +35,6 @@ _BEFORE_SESSIONS = (EVENT, LLM_GENERATION, USAGE_LEDGER)
 
 _SECONDS = 0.2  # that a batch should take
 _LEAST = 1000  # rows: of fewer, what a batch costs however large it is would be most of it
-_GROWN = 30  # times as large as when it was planned: planning takes as long as 1,000 rows do
 _SHORT_WAIT = "SET LOCAL lock_timeout = '200ms'"
 _LOCKED_SECONDS = 60
 
@@ -102,8 +101,6 @@ class Batches:
         self._pace = pace
         self._stop = stop
         self._awaits_sessions = False
-        self._rows = 0
-        self._rows_when_planned = 0
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
         """Project up to `size` rows that were due at the cutoff; None if there are none.
@@ -124,15 +121,7 @@ class Batches:
                 continue
             if drained is not None:
                 self._pace.follow(drained.claimed, time.monotonic() - started)
-                self._renew_plans(drained.claimed)
             return drained
-
-    def _renew_plans(self, rows: int) -> None:
-        """Plan anew when tables are many times as large: they grow with what is projected."""
-        self._rows += rows
-        if self._rows > _GROWN * self._rows_when_planned:
-            self._rows_when_planned = self._rows
-            self._connection.execute("DISCARD PLANS")
 
     def _project(self, size: int, cutoff: datetime) -> Drained | None:
         deaths = self._deaths

@@ -76,9 +76,9 @@ def looked_up(source: Source, event_types: Iterable[str]) -> sql.Composed:
     `source_rows` are rows of the source in the selection from number `first` to `last`, each once,
     looked up one by one.
 
-    Of a source without `org_id`, the selection says whose a row is: its session must confirm it.
-    Then `source_sessions` are those sessions, with what comes from them: of many rows of a session,
-    each would look the same up.
+    Of a source without `org_id`, the selection says whose a row is, and its session must confirm
+    it. `source_sessions` are those that do, with the dimensions that come from them: looked up once
+    for all rows of a session.
     """
     columns = columns_of(source)
     if source.org_from_session:
@@ -180,8 +180,10 @@ def _made_rows(
     joins: sql.Composable,
     of_session: Collection[Column] = (),
 ) -> sql.Composed:
-    """Args:
-    of_session: the columns that `session` has by their names, as the joins make it.
+    """The rows of a projection over `selected`, with `joins` to what its dimensions come from.
+
+    Args:
+        of_session: columns of the fact that `session`, as it is joined, has ready.
     """
     return sql.SQL(
         "WITH selected AS NOT MATERIALIZED ({selected}),"
@@ -235,8 +237,8 @@ _OF_ORG = "{0}.org_id = projected.org_id"
 # No index knows a condition that IS TRUE. While a table is small, or has no statistics, the
 # planner would as soon read all that an organization has as look a row up by its id.
 _OF_ORG_BY_ID = "({0}.org_id = projected.org_id) IS TRUE"
-# A full join is never done row by row: the projector's connection may not hash where it need not.
-# And it stays one, since a condition on how many are NULL says of none of both that it is not.
+# A full join cannot be done row by row: so it is hashed also where a connection hashes nothing that
+# it need not. The planner may make no other join of it: num_nulls proves nothing of either side.
 _OF_SOURCE_SESSIONS = """
 FULL JOIN source_sessions AS session
     ON session.id = projected.session_id AND session.org_id = projected.org_id

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,12 +14,18 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.raw_cursor import RawCursor
+from psycopg.types.numeric import Int4
 
-from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.databases.postgres import Connection, PostgresDatabase, transaction
 from everruns_pipelines.errors import Refusal
 from everruns_pipelines.reporting import database
+from everruns_pipelines.reporting.catalog import EVENT
 from everruns_pipelines.reporting.drain import check, drain, drain_in_parallel
-from everruns_pipelines.reporting.projector import lock_sessions
+from everruns_pipelines.reporting.outbox import Outbox
+from everruns_pipelines.reporting.projector import lock_sessions, projections_of
+from everruns_pipelines.reporting.selection import Facts, stage
+from everruns_pipelines.reporting.statements import writing
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
@@ -440,7 +446,7 @@ def test_plans_made_for_empty_tables_read_only_what_they_project_once_the_tables
     read = rows_read(connection) - before
     batches.close()
 
-    assert read < 20 * 1000
+    assert read < 12 * 1000
 
 
 def test_plans_made_for_tables_that_nobody_has_analyzed_look_every_row_up_by_its_key(
@@ -522,3 +528,40 @@ def test_plans_made_while_no_capability_had_a_fact_remove_those_of_a_session_by_
 
     assert value(connection, "SELECT count(*) FROM fact_capability_usage") == 5000
     assert read < 100
+
+
+@pytest.mark.parametrize("facts", Facts)
+def test_the_sessions_of_a_batch_are_read_once_and_not_once_for_each_event(
+    ready_world: World, facts: Facts
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    for _ in range(30):
+        session = ready_world.session(org)
+        for _ in range(3):
+            ready_world.event(session)
+    explain = b"EXPLAIN (ANALYZE, FORMAT JSON) " + writing(projections_of(EVENT), facts)
+
+    with Outbox.opened(connection, MAX_ATTEMPTS), transaction(connection):
+        staged = stage(
+            connection,
+            sql.SQL(
+                "SELECT session.org_id, event.id AS source_id"
+                " FROM events AS event JOIN sessions AS session ON session.id = event.session_id"
+            ),
+            {},
+        )
+        [(plans,)] = RawCursor(connection).execute(explain, [Int4(1), Int4(staged)]).fetchall()
+
+    assert staged == 90
+    reads = [node for node in nodes(plans[0]["Plan"]) if node.get("CTE Name") == "source_sessions"]
+    assert reads
+    assert {(node["Actual Rows"], node["Actual Loops"]) for node in reads} == {(30, 1)}
+    assert value(connection, "SELECT count(*) FROM fact_tool_call") == 90
+
+
+def nodes(plan: dict[str, Any]) -> Generator[dict[str, Any]]:
+    """All parts of a plan."""
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
