@@ -25,7 +25,11 @@ from everruns_pipelines.orchestration.checks import (
     days_to_check,
 )
 from everruns_pipelines.orchestration.failures import told_plainly, try_again
-from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
+from everruns_pipelines.orchestration.partitions import (
+    backfill_policy,
+    day_partitions,
+    days_to_materialize,
+)
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.settings import Settings
 
@@ -160,7 +164,7 @@ def item_assets(settings: Settings) -> ItemAssets:
         from everruns_pipelines.items.rebuild import rebuild_day
 
         with items_failures():
-            for day in days_of_run(context.run, partitions):
+            for day in days_to_materialize(context.run, partitions):
                 context.log.info(f"Rebuilding the items of {day}")
                 done = rebuild_day(
                     everruns_items_postgres, everruns_clickhouse, day, context.log.info

@@ -36,7 +36,8 @@ def days_of_run(run: dg.DagsterRun, partitions: dg.DailyPartitionsDefinition) ->
     """The days that the run's tags name: one, or a range. Empty if it is of no partition.
 
     Raises:
-        Refusal: a day is not a partition. Dagster checks a single one, but not the ends of a range.
+        Refusal: a day is not a partition, or the range ends before it begins. Dagster checks a
+            single day, but not the ends of a range.
     """
     first = run.tags.get(_FIRST) or run.tags.get(_DAY)
     if first is None:
@@ -49,5 +50,21 @@ def days_of_run(run: dg.DagsterRun, partitions: dg.DailyPartitionsDefinition) ->
                 partitions.get_last_partition_key(),
             )
             raise Refusal(f"partition: expected a day from {oldest} to {newest}, got {key[:40]}")
+    if first > last:
+        raise Refusal(
+            f"partition: expected the first day of the range first, got {first} to {last}"
+        )
     keys = partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last))
     return [date.fromisoformat(key) for key in keys]
+
+
+def days_to_materialize(run: dg.DagsterRun, partitions: dg.DailyPartitionsDefinition) -> list[date]:
+    """The same for an asset, of which nothing but days can be materialized.
+
+    Raises:
+        Refusal: also if the run is of no partition. Dagster launches it all the same.
+    """
+    days = days_of_run(run, partitions)
+    if not days:
+        raise Refusal("partition: expected a day, or a range of days, to materialize; got none")
+    return days

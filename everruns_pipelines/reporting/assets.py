@@ -24,7 +24,11 @@ from everruns_pipelines.orchestration.checks import (
     days_to_check,
 )
 from everruns_pipelines.orchestration.failures import told_plainly
-from everruns_pipelines.orchestration.partitions import backfill_policy, day_partitions, days_of_run
+from everruns_pipelines.orchestration.partitions import (
+    backfill_policy,
+    day_partitions,
+    days_to_materialize,
+)
 from everruns_pipelines.orchestration.timetable import FAILED_AFTER, STALE_AFTER
 from everruns_pipelines.reporting.catalog import FACTS, Column, Fact
 from everruns_pipelines.reporting.lineage import columns_of, tables_of
@@ -118,7 +122,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
         from everruns_pipelines.reporting.reconcile import materialize_days
 
         with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
-            days = days_of_run(context.run, partitions)
+            days = days_to_materialize(context.run, partitions)
             given = config.session_id
             session_id = None if given is None else check_session_id(given)
             prepare(connection)
@@ -131,6 +135,7 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
                 days[-1],
                 remove_orphans=config.remove_orphans,
                 session_id=session_id,
+                on_step=partial(_tell_what_remains, context),
             )
             for number, (day, report) in enumerate(reports, start=1):
                 context.add_asset_metadata(
@@ -140,6 +145,11 @@ def _asset(fact: Fact, settings: Settings) -> dg.AssetsDefinition:
                 started = monotonic()
 
     return materialize
+
+
+def _tell_what_remains(context: dg.AssetExecutionContext, done: int, total: int) -> None:
+    if done < total:
+        context.log.info(f"{done:,} of {total:,} sources of the day are compared")
 
 
 def _schema(columns: Sequence[Column]) -> dg.TableSchema:

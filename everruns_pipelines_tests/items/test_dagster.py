@@ -107,6 +107,25 @@ def test_a_range_of_days_in_one_run_with_counts_per_day(
     assert world.items().keys() == {key("first"), key("late"), key("second")}
 
 
+def test_a_run_of_no_day_is_refused(definitions: dg.Definitions) -> None:
+    with pytest.raises(dg.Failure, match="expected a day, or a range of days"):
+        definitions.resolve_job_def("days").execute_in_process()
+
+
+def test_a_range_that_ends_before_it_begins_is_refused_by_asset_and_checks(
+    definitions: dg.Definitions,
+) -> None:
+    with pytest.raises(dg.Failure, match="expected the first day of the range first"):
+        _days(definitions, "2026-01-03", "2026-01-01")
+    with pytest.raises(dg.Failure, match="expected the first day of the range first"):
+        definitions.resolve_job_def("check_items").execute_in_process(
+            tags={
+                "dagster/asset_partition_range_start": "2026-01-03",
+                "dagster/asset_partition_range_end": "2026-01-01",
+            }
+        )
+
+
 def test_the_checks_find_missing_and_different_items(
     world: World, definitions: dg.Definitions
 ) -> None:

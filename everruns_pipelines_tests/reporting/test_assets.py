@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
+from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.reporting.assets import fact_assets, fact_checks, source_assets
 from everruns_pipelines.reporting.catalog import FACTS
 from everruns_pipelines.reporting.jobs import check_reporting
@@ -366,6 +367,28 @@ def test_a_range_that_leaves_the_partitions_is_refused_and_changes_nothing(
     run = Run(settings, ["fact_tool_call"], first=first, last=last)
 
     assert "partition: expected a day from 2026-03-01 to " in run.error()
+    assert versions(world.connection) == set()
+
+
+def test_a_range_that_ends_before_it_begins_is_refused(world: World, settings: Settings) -> None:
+    run = Run(settings, ["fact_tool_call"], first="2026-03-02", last="2026-03-01")
+
+    assert "expected the first day of the range first, got 2026-03-02 to" in run.error()
+
+
+def test_a_run_of_no_day_is_refused_and_changes_nothing(world: World, settings: Settings) -> None:
+    world.event(world.session(world.org()))
+    job = build_definitions(settings).resolve_job_def("materialize_reporting")
+
+    result = job.execute_in_process(raise_on_error=False)
+
+    errors = {
+        event.step_failure_data.error.message
+        for event in result.all_node_events
+        if event.is_step_failure and event.step_failure_data.error
+    }
+    assert len(errors) == 1
+    assert "partition: expected a day, or a range of days" in errors.pop()
     assert versions(world.connection) == set()
 
 
