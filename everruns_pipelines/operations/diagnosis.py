@@ -142,7 +142,12 @@ class Diagnosis:
     @property
     def is_well(self) -> bool:
         """Nothing is wrong, and everything could be looked at."""
-        return not self.wrong() and not set(self.unknown) - {NO_SPANS}
+        return self.is_complete and not self.wrong()
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything that there is could be looked at."""
+        return not set(self.unknown) - {NO_SPANS}
 
     def verdict(self) -> str:
         """What is wrong, and since when, in one line."""
@@ -302,10 +307,13 @@ def _failures(connection: Connection) -> list[Failed]:
 
 
 def _waiting(connection: Connection) -> dict[str, float]:
-    """By source type, for how many seconds the oldest row waits. Parked ones wait for a person."""
+    """By source type, for how many seconds the oldest row has been due.
+
+    Parked ones wait for a person, and what has failed for its next attempt.
+    """
     rows = connection.execute(
-        "SELECT source_type, greatest(0, extract(epoch FROM now() - min(greatest('epoch',"
-        " CASE WHEN status = 'failed' THEN created_at ELSE next_attempt_at END))))::float8"
+        "SELECT source_type,"
+        " greatest(0, extract(epoch FROM now() - min(greatest('epoch', next_attempt_at))))::float8"
         " FROM reporting_outbox"
         " WHERE status IN ('pending', 'processing', 'failed') AND next_attempt_at < 'infinity'"
         " GROUP BY source_type"

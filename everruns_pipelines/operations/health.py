@@ -32,6 +32,7 @@ _ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
 _TABLES: Mapping[Part, Sequence[str]] = {"reporting": _FACTS, "items": (_ITEMS,)}
 _WRONG = ("missing", "stale", "orphaned")
+_COMPARED = ("missing", "stale")  # also of items
 _LINES = (
     ("lag_seconds", "Lag in seconds", "#3455db"),
     ("backlog", "Backlog in rows", "#b25d12"),
@@ -133,7 +134,7 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
         everruns_items_postgres: dg.ResourceParam[ItemsPostgresDatabase],
         everruns_clickhouse: dg.ResourceParam[ClickHouseDatabase],
     ) -> Iterator[dg.AssetCheckResult]:
-        from everruns_pipelines.operations.diagnosis import Databases, diagnose
+        from everruns_pipelines.operations.diagnosis import NO_SPANS, Databases, diagnose
 
         summary = _measured_in(context)
         if summary is None:
@@ -142,15 +143,23 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
             )
             with told_plainly(Refusal.as_problem_details):
                 summary = diagnose(databases, _DAYS, context.log.info).summary()
+        unknown = [reason for reason in summary["unknown"] if reason != NO_SPANS]
         for key in context.selected_asset_check_keys:
             [what] = (what for what in promises if key.name == check_name(what))
             rows = summary[what]
+            not_known = unknown if what in _COMPARED else []
             told = {"since": summary["oldest_missing"], "to_repair": "; ".join(summary["remedies"])}
             yield dg.AssetCheckResult(
                 check_name=key.name,
-                passed=not rows,
+                passed=not rows and not not_known,
                 severity=severity(what),
-                description=f"{rows:,} {what}." if rows else f"None is {what}.",
+                description=" ".join(
+                    [
+                        *([f"{rows:,} {what}."] if rows else []),
+                        *(f"Not known of all: {reason}." for reason in not_known),
+                    ]
+                )
+                or f"None is {what}.",
                 metadata={
                     f"{what}_rows": rows,
                     **({name: text for name, text in told.items() if text} if rows else {}),
@@ -211,7 +220,7 @@ def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:
             **{f"lag_seconds/{fact}": lag for fact, lag in diagnosis.lag_seconds.items()},
             **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
         }
-    if "items" in diagnosis.parts:
+    if "items" in diagnosis.parts and diagnosis.is_complete:
         numbers |= {f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")}
     return numbers
 

@@ -103,10 +103,12 @@ def test_lost_changed_and_orphaned_rows_are_told_apart(
 def test_failures_backlog_and_lag_are_told(settings: Settings, sample: Connection) -> None:
     sample.execute(
         "INSERT INTO reporting_outbox (org_id, source_type, source_id, reason, status,"
-        " next_attempt_at, last_error, attempts) VALUES"
-        " (1, 'event', '1', 'a', 'pending', now() - interval '1 hour', NULL, 0),"
-        " (1, 'session', '2', 'a', 'failed', now() + interval '1 hour', 'why', 1),"
-        " (1, 'usage_ledger', '3', 'a', 'failed', 'infinity', 'why it is parked', 12)"
+        " next_attempt_at, last_error, attempts, created_at) VALUES"
+        " (1, 'event', '1', 'a', 'pending', now() - interval '1 hour', NULL, 0, now()),"
+        # Enqueued again, and failed just now.
+        " (1, 'session', '2', 'a', 'failed', now() + interval '1 hour', 'why', 1,"
+        " now() - interval '12 days'),"
+        " (1, 'usage_ledger', '3', 'a', 'failed', 'infinity', 'why it is parked', 12, now())"
     )
     diagnosis = look(settings)
     assert (diagnosis.rows("pending"), diagnosis.rows("failed"), diagnosis.rows("parked")) == (
@@ -119,6 +121,7 @@ def test_failures_backlog_and_lag_are_told(settings: Settings, sample: Connectio
         "why it is parked": "parked",
     }
     assert diagnosis.lag_seconds["fact_turn"] == pytest.approx(3600, abs=60)
+    assert diagnosis.lag_seconds["fact_session"] == 0
     assert diagnosis.lag_seconds["fact_budget_posting"] == 0
     assert diagnosis.oldest_due is not None
 
@@ -230,6 +233,30 @@ def test_health_is_red_while_a_fact_of_any_age_is_missing(
         "no_parked_rows",
         "no_late_rows",
     }
+
+
+def test_health_is_red_while_items_cannot_be_looked_at(
+    instance: DagsterInstance, settings: Settings, sample: Connection
+) -> None:
+    away = SecretStr("clickhouse://user:hunter2@127.0.0.1:1/default")
+    settings = settings.model_copy(update={"clickhouse_dsn": away})
+    database.prepare(sample)
+    for _ in range(2):
+        enqueue(sample, BackfillRequest(limit=10_000))
+        for _ in drain(sample, max_attempts=3):
+            pass
+
+    judged = _judged(settings, instance)
+
+    assert {name for name, passed in judged.items() if not passed} == {
+        "no_missing_rows",
+        "no_stale_rows",
+    }
+    [record] = instance.fetch_materializations(dg.AssetKey("pipeline_health"), limit=1).records
+    assert record.asset_materialization is not None
+    metadata = record.asset_materialization.metadata
+    assert metadata["facts_missing"].value == 0
+    assert "items_missing" not in metadata
 
 
 def _judged(settings: Settings, instance: DagsterInstance) -> dict[str, bool]:
