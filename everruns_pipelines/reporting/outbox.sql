@@ -184,15 +184,20 @@ WHERE ctid = ANY (
 )
 
 -- name: fail
+-- `attempts` are failures in a row then: one that was completed since it last failed has no error.
 WITH failed AS (
     UPDATE reporting_outbox AS outbox
     SET status = 'failed',
-        attempts = outbox.attempts + 1,
+        attempts = (outbox.last_error IS NOT NULL)::int * outbox.attempts + 1,
         claimed_at = now(),
         next_attempt_at = CASE
-            WHEN outbox.attempts + 1 >= %(max_attempts)s THEN 'infinity'
+            WHEN (outbox.last_error IS NOT NULL)::int * outbox.attempts + 1 >= %(max_attempts)s
+                THEN 'infinity'
             ELSE now() + make_interval(
-                secs => least(2 ^ least(outbox.attempts + 1, 8) * 30, 3600)
+                secs => least(
+                    2 ^ least((outbox.last_error IS NOT NULL)::int * outbox.attempts + 1, 8) * 30,
+                    3600
+                )
             )
         END,
         last_error = selection.error,

@@ -403,6 +403,7 @@ def test_the_death_of_a_foreign_projector_is_no_failure_of_the_rows_that_it_held
         world,
         status="processing",
         attempts=MAX_ATTEMPTS - 1,
+        last_error="it was so",
         claimed_at=datetime.now(UTC) - HOUR,
     )
 
@@ -442,6 +443,28 @@ def test_attempts_that_succeeded_before_a_backfill_do_not_count_towards_parking(
     assert differences(connection) == []
 
 
+def test_attempts_that_succeeded_before_an_enqueue_do_not_count_towards_parking(
+    world: World,
+) -> None:
+    connection = world.connection
+    id_ = world.tool_call(world.org())
+    for _ in range(MAX_ATTEMPTS + 1):
+        connection.execute(
+            "UPDATE reporting_outbox SET status = 'pending', next_attempt_at = now()"
+        )
+        assert drain_all(connection).completed == 1
+    connection.execute("ALTER TABLE fact_tool_call ADD CHECK (call_count <> 1) NOT VALID")
+
+    for attempts in (1, 2):
+        connection.execute(
+            "UPDATE reporting_outbox SET next_attempt_at = now(),"
+            " status = CASE status WHEN 'completed' THEN 'pending' ELSE status END"
+        )
+        connection.execute("DELETE FROM fact_tool_call")
+        assert drain_all(connection).result()["parked"] == 0
+        assert outbox(connection, id_, "status", "attempts") == ("failed", attempts)
+
+
 # Failure.
 
 
@@ -450,7 +473,8 @@ def test_attempts_that_succeeded_before_a_backfill_do_not_count_towards_parking(
     [(1, 60), (2, 120), (3, 240), (4, 480), (5, 960), (6, 1920), (7, 3600), (8, 3600), (11, 3600)],
 )
 def test_a_failure_waits_longer_each_time(world: World, attempts: int, seconds: int) -> None:
-    id_ = failing_row(world, attempts=attempts - 1)
+    last_error = "why" if attempts > 1 else None
+    id_ = failing_row(world, attempts=attempts - 1, last_error=last_error)
 
     drained = drain_all(world.connection)
 
@@ -474,7 +498,13 @@ def test_a_row_is_parked_after_the_last_attempt(world: World) -> None:
 
 
 def test_an_enqueue_by_the_application_unparks_a_row_for_one_attempt(world: World) -> None:
-    id_ = failing_row(world, status="failed", attempts=MAX_ATTEMPTS, next_attempt_at="infinity")
+    id_ = failing_row(
+        world,
+        status="failed",
+        attempts=MAX_ATTEMPTS,
+        next_attempt_at="infinity",
+        last_error="it was so",
+    )
     assert drain_all(world.connection).claimed == 0
 
     application_enqueues(world.connection, id_)
@@ -531,6 +561,7 @@ def test_unparking_gives_rows_one_more_attempt_and_tells_how_many(world: World) 
         "status": "failed",
         "attempts": MAX_ATTEMPTS,
         "next_attempt_at": "infinity",
+        "last_error": "it was so",
     }
     mended = world.tool_call(ours, **parked)
     broken = world.enqueue(ours, "session", MALFORMED, **parked)
