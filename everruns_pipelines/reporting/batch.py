@@ -103,7 +103,8 @@ class Batches:
         self._awaits_sessions = False
 
     def project(self, size: int, cutoff: datetime) -> Drained | None:
-        """Project up to `size` rows that were due at the cutoff; None if there are none.
+        """Project up to `size` rows that were due at the cutoff; None if there are none, or
+        if it is to stop while it waits for somebody's lock.
 
         Raises:
             psycopg.Error: the database refused or went away; nothing of the batch is done.
@@ -116,8 +117,10 @@ class Batches:
             except psycopg.errors.LockNotAvailable:
                 # Not a projector of ours: a day that is made right, a migration. Our rows are free
                 # for others while we wait.
-                if time.monotonic() > deadline or self._stop.wait(_SECONDS):
+                if time.monotonic() > deadline:
                     raise
+                if self._stop.wait(_SECONDS):
+                    return None
                 continue
             if drained is not None:
                 self._pace.follow(drained.claimed, time.monotonic() - started)

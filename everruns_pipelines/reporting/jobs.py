@@ -143,11 +143,7 @@ def project_op(
     from everruns_pipelines.reporting.database import check_platform, prepare
     from everruns_pipelines.reporting.drain import Drained, check, drain_in_parallel
 
-    # Not tried again: its counts would be those of the last attempt. What is due stays due.
-    with (
-        told_plainly(Refusal.as_problem_details, retries=0),
-        everruns_postgres.connect() as connection,
-    ):
+    with told_plainly(Refusal.as_problem_details), everruns_postgres.connect() as connection:
         check_platform(connection)
         check(
             connection,
@@ -157,6 +153,11 @@ def project_op(
             linger_seconds=config.linger_seconds,
         )
         prepare(connection)
+    # Not tried again: its counts would be those of the last attempt. What is due stays due.
+    with (
+        told_plainly(Refusal.as_problem_details, retries=0),
+        everruns_postgres.connect() as connection,
+    ):
         drained = Drained()
         stop = Event()
         batches = drain_in_parallel(
@@ -224,7 +225,10 @@ def _config_of_project(context: dg.OpExecutionContext) -> dict[str, int]:
 
 def _progress(connection: Connection, config: ProjectConfig, drained: "Drained") -> str:
     """What is done, and how much of what this run may claim is due, at work or not."""
-    allowed = _MOST_COUNTED if config.max_rows is None else config.max_rows - drained.claimed
+    # Rows that are parked unseen count as claimed, and are none of the allowed ones.
+    allowed = (
+        _MOST_COUNTED if config.max_rows is None else max(0, config.max_rows - drained.claimed)
+    )
     row = connection.execute(
         "SELECT count(*) FROM (SELECT FROM reporting_outbox"
         " WHERE status IN ('pending', 'failed') AND next_attempt_at <= now()"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -220,6 +221,19 @@ def test_no_row_stays_locked_while_a_batch_waits_for_what_somebody_else_holds(
             connection.execute("SET lock_timeout = '5s'")
             connection.execute("SELECT FROM reporting_outbox FOR UPDATE")
         assert draining.result(60).completed == sources
+
+
+def test_who_is_told_to_stop_while_a_batch_waits_for_a_lock_ends_in_order(
+    connection: Connection, postgres: PostgresDatabase, sources: int
+) -> None:
+    stop = Event()
+    with postgres.connect() as blocker, ThreadPoolExecutor(1) as pool, blocker.transaction():
+        blocker.execute("LOCK TABLE fact_turn IN SHARE MODE")
+        draining = pool.submit(list, drain_in_parallel(postgres, stop=stop, linger_seconds=60))
+        wait_until(lambda: waiting(connection), "the batch to wait")
+        stop.set()
+        assert draining.result(30) == []
+    assert by_status(connection) == [("pending", 0, sources)]
 
 
 def test_no_row_stays_locked_while_a_projector_waits_for_sessions(

@@ -14,6 +14,7 @@ import pytest
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
@@ -151,13 +152,32 @@ def test_a_backfill_with_max_rows_0_enqueues_only(world: World, settings: Settin
     assert versions(world.connection) == set()
 
 
+def test_a_row_that_is_parked_for_what_it_killed_is_told_whatever_the_most_rows_are(
+    world: World, settings: Settings
+) -> None:
+    killer = world.tool_call(world.org())
+    database.prepare(world.connection)
+    world.connection.execute(
+        "INSERT INTO everruns_pipelines.outbox_projectors (lock_key, part) VALUES (7, 8)"
+    )
+    world.connection.execute(
+        "INSERT INTO everruns_pipelines.outbox_suspects (outbox_id, part, deaths)"
+        " VALUES (%s, 8, 2)",
+        [killer],
+    )
+
+    run = Run(settings, "project_reporting", {"project": {"max_rows": 0}})
+
+    assert run.output("project") == {"claimed": 1, "completed": 0, "failed": 1, "parked": 1}
+
+
 def test_projecting_answers_exactly_the_keys_of_the_interface(
     world: World, settings: Settings
 ) -> None:
     org = world.org()
     world.tool_call(org)
     world.enqueue(org, "event", "no uuid")
-    world.enqueue(org, "event", "none either", attempts=11)
+    world.enqueue(org, "event", "none either", attempts=11, last_error="the source id is no UUID")
 
     run = Run(settings, "project_reporting")
 
