@@ -23,6 +23,7 @@ LOCATION = "everruns_pipelines"
 
 _REQUEST_TAG = "everruns/request"
 _SHORTEST_POLL, _LONGEST_POLL = 0.25, 2.0
+_LOOKS_FOR_A_RUN = 3
 _TIMEOUT = 30.0
 _FINISHED = {"SUCCESS", "FAILURE", "CANCELED"}
 _AWAY = {502, 503, 504}
@@ -97,12 +98,12 @@ class Deployment:
         """Launch a job; its run id. Launched at most once, also if the answer gets lost.
 
         Raises:
-            Refusal: it was not launched.
+            Refusal: it was not launched, or its run was not found within seconds.
         """
         try:
             selector = self._find(job)
         except _Away as away:
-            raise self._unreachable(str(away)) from None
+            raise self._unreachable(f"{away}. Nothing was launched") from None
         request_id = str(uuid.uuid4())
         parameters = {
             "selector": selector,
@@ -184,10 +185,11 @@ class Deployment:
         }
 
     def _launched_all_the_same(self, request_id: str, reason: str) -> str:
-        """The run of a request whose answer got lost."""
+        """The run of a request whose answer got lost. The server may still be at launching it."""
         tags = [{"key": _REQUEST_TAG, "value": request_id}]
         deadline = time.monotonic() + self.patience
-        while time.monotonic() < deadline:
+        looks = 0
+        while looks < _LOOKS_FOR_A_RUN and time.monotonic() < deadline:
             try:
                 runs = self._ask(_FIND_RUN, {"tags": tags})["runsOrError"]["results"]
             except _Away:
@@ -195,12 +197,13 @@ class Deployment:
                 continue
             if runs:
                 return str(runs[0]["runId"])
-            break
-        raise self._unreachable(reason)
+            looks += 1
+            time.sleep(_LONGEST_POLL)
+        raise self._unreachable(f"{reason}. No run of this request was found")
 
     def _unreachable(self, reason: str) -> Refusal:
         return Refusal(
-            f"{reason}. Nothing was launched; --url must name a running webserver",
+            f"{reason}; --url must name a running webserver",
             code="unavailable",
             status=503,
         )

@@ -194,11 +194,21 @@ def test_a_launch_that_did_not_happen_is_refused(webserver: Webserver) -> None:
     webserver.script = [
         ("Jobs", JOBS),
         ("Launch", None),
-        ("FindRun", {"runsOrError": {"results": []}}),
+        *[("FindRun", {"runsOrError": {"results": []}})] * 3,
     ]
-    with pytest.raises(Refusal, match="Nothing was launched") as refused:
+    with pytest.raises(Refusal, match="No run of this request was found") as refused:
         Deployment(webserver.url).launch("backfill_reporting", {})
     assert refused.value.code == "unavailable"
+
+
+def test_a_launch_that_the_server_is_still_at_is_found(webserver: Webserver) -> None:
+    webserver.script = [
+        ("Jobs", JOBS),
+        ("Launch", 504),
+        ("FindRun", {"runsOrError": {"results": []}}),
+        ("FindRun", {"runsOrError": {"results": [{"runId": "run-7"}]}}),
+    ]
+    assert Deployment(webserver.url).launch("backfill_reporting", {}) == "run-7"
 
 
 def test_headers_go_with_every_request_and_stay_secret(webserver: Webserver) -> None:
