@@ -103,8 +103,8 @@ def looked_up(source: Source, event_types: Iterable[str]) -> sql.Composed:
 
 
 # LIMIT: in this order, whatever the statistics say of a table that grows, or of a selection. And an
-# event that lies in both tables, as after a restore, is one: it would fail all that is projected
-# with it.
+# event that lies in both tables, as after a restore, is one here: it would fail all that is
+# projected with it.
 _SOURCE_ROWS = """
 source_rows AS MATERIALIZED (
     SELECT {columns}
