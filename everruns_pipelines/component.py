@@ -60,7 +60,7 @@ class EverrunsPipelinesComponent(dg.Component, dg.Model, dg.Resolvable):
         str | None, Field(description="First day partition, 'YYYY-MM-DD'.")
     ] = None
     reporting_max_attempts: Annotated[
-        int | None, Field(description="Attempts after which an outbox row is parked.")
+        int | None, Field(description="Failures in a row after which an outbox row is parked.")
     ] = None
     nightly_at: Annotated[str | None, Field(description="UTC time of day, 'HH:MM'.")] = None
     weekly_at: Annotated[str | None, Field(description="Such as 'Sun 02:00', UTC.")] = None

@@ -30,7 +30,7 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
     reporting_start: str = Field(description="EVERRUNS_REPORTING_START: the first day partition.")
     asset_prefix: list[str] = Field(description="What the keys of our assets begin with.")
     reporting_max_attempts: int = Field(
-        description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many an outbox row is parked."
+        description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many failures in a row a row is parked."
     )
     linger_seconds: int = Field(
         description="EVERRUNS_LINGER_SECONDS: how long a run of the outbox sensor stays for more."
