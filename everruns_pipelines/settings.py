@@ -304,8 +304,19 @@ class Settings(BaseModel):
             SettingsError: a variable is set but wrong; names it and what is expected, and never
                 repeats its value, which may hold a password.
         """
+        names = [field.alias for field in cls.model_fields.values() if field.alias]
+        return cls.of_variables(
+            {name: environment[name] for name in names if environment.get(name)}
+        )
+
+    @classmethod
+    def of_variables(cls, given: Mapping[str, Any]) -> Self:
+        """The same of values by their variables' names.
+
+        Raises:
+            SettingsError: as above.
+        """
         fields = {field.alias: field for field in cls.model_fields.values() if field.alias}
-        given = {name: environment[name] for name in fields if environment.get(name)}
         try:
             return cls.model_validate(given)
         except ValidationError as error:

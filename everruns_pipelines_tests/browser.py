@@ -78,14 +78,17 @@ def sample_deployment(
 
 
 def launch_backfill(page: Page, limit: int) -> int:
-    """Launch `backfill_reporting` from the launchpad with a limit; how many it says it enqueued."""
+    """Launch `backfill_reporting` with what the launchpad proposes, but for the limit; how many it
+    says it enqueued.
+    """
     page.goto(f"/{_LOCATION}/jobs/backfill_reporting/playground")
     editor = page.locator(".CodeMirror")
-    # What the launchpad proposes by itself.
     expect(editor).to_contain_text("limit: 1000")
-    editor.click()
-    page.keyboard.press("Control+A")
-    page.keyboard.insert_text(f"ops: {{enqueue: {{config: {{limit: {limit}}}}}}}")
+    editor.evaluate(
+        "(editor, limit) => editor.CodeMirror.setValue("
+        "editor.CodeMirror.getValue().replace('limit: 1000', 'limit: ' + limit))",
+        limit,
+    )
     page.get_by_role("button", name="Launch Run").click()
     page.wait_for_url("**/runs/*")
     expect(page.get_by_text("RUN_SUCCESS", exact=True)).to_be_visible()

@@ -14,8 +14,9 @@ from everruns_pipelines.databases.clickhouse import ClickHouseDatabase
 from everruns_pipelines.databases.postgres import ItemsPostgresDatabase, PostgresDatabase
 from everruns_pipelines.settings import Settings
 
-# The UI shows asterisks.
+# The UI shows asterisks. In the launchpad, too: what it proposes is the whole config of a resource.
 _SECRET: Any = {"dagster__is_secret": True}
+_ASTERISKS = "********"
 
 
 class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
@@ -30,7 +31,7 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
     reporting_start: str = Field(description="EVERRUNS_REPORTING_START: the first day partition.")
     asset_prefix: list[str] = Field(description="What the keys of our assets begin with.")
     reporting_max_attempts: int = Field(
-        description="EVERRUNS_REPORTING_MAX_ATTEMPTS: after so many failures in a row a row is parked."
+        description="EVERRUNS_REPORTING_MAX_ATTEMPTS: failures in a row, then a row is parked."
     )
     linger_seconds: int = Field(
         description="EVERRUNS_LINGER_SECONDS: how long a run of the outbox sensor stays for more."
@@ -50,9 +51,9 @@ class PostgresResource(dg.ConfigurableResource[PostgresDatabase]):
         """The resource that the settings describe."""
         return cls(**_shown(settings, cls.model_fields))
 
-    def create_resource(self, context: dg.InitResourceContext) -> PostgresDatabase:  # noqa: ARG002
+    def create_resource(self, context: dg.InitResourceContext) -> PostgresDatabase:
         """What an op works with."""
-        return PostgresDatabase(_settings(self))
+        return PostgresDatabase(_settings(self, context))
 
 
 class ItemsPostgresResource(dg.ConfigurableResource[ItemsPostgresDatabase]):
@@ -75,9 +76,9 @@ class ItemsPostgresResource(dg.ConfigurableResource[ItemsPostgresDatabase]):
         """The resource that the settings describe."""
         return cls(**_shown(settings, cls.model_fields))
 
-    def create_resource(self, context: dg.InitResourceContext) -> ItemsPostgresDatabase:  # noqa: ARG002
+    def create_resource(self, context: dg.InitResourceContext) -> ItemsPostgresDatabase:
         """What an op works with."""
-        return ItemsPostgresDatabase(_settings(self))
+        return ItemsPostgresDatabase(_settings(self, context))
 
 
 class ClickHouseResource(dg.ConfigurableResource[ClickHouseDatabase]):
@@ -99,9 +100,9 @@ class ClickHouseResource(dg.ConfigurableResource[ClickHouseDatabase]):
         """The resource that the settings describe."""
         return cls(**_shown(settings, cls.model_fields))
 
-    def create_resource(self, context: dg.InitResourceContext) -> ClickHouseDatabase:  # noqa: ARG002
+    def create_resource(self, context: dg.InitResourceContext) -> ClickHouseDatabase:
         """What an op works with."""
-        return ClickHouseDatabase(_settings(self))
+        return ClickHouseDatabase(_settings(self, context))
 
 
 def resources(settings: Settings) -> dict[str, Any]:
@@ -130,12 +131,24 @@ def _shown(settings: Settings, fields: Any) -> dict[str, Any]:
     }
 
 
-def _settings(resource: Any) -> Settings:
-    """The settings that a resource's config spells."""
-    return Settings.model_validate(
+def _settings(resource: Any, context: dg.InitResourceContext) -> Settings:
+    """The settings that a resource's config spells. Asterisks stand for what is configured.
+
+    Raises:
+        SettingsError: the config of a run is wrong; does not repeat it.
+    """
+    given = {name: getattr(resource, name, None) for name in Settings.model_fields}
+    if _ASTERISKS in given.values():
+        config: Any = context.resource_def.config_field
+        configured: dict[str, Any] = config.default_value
+        given = {
+            name: configured.get(name) if value == _ASTERISKS else value
+            for name, value in given.items()
+        }
+    return Settings.of_variables(
         {
-            field.alias or name: getattr(resource, name)
+            field.alias or name: given[name]
             for name, field in Settings.model_fields.items()
-            if getattr(resource, name, None) is not None
+            if given[name] is not None
         }
     )

@@ -256,8 +256,11 @@ def _drain(connection: Connection, work: _Work, pace: Pace) -> Generator[Drained
 def _drain_due(outbox: Outbox, batches: Batches, work: _Work, pace: Pace) -> Generator[Drained]:
     cutoff = outbox.cutoff()
     while not work.stop.is_set() and (size := work.budget.take(pace.size)):
-        batch = batches.project(size, cutoff)
-        work.budget.give_back(size - (batch.claimed if batch else 0))
+        batch = None
+        try:
+            batch = batches.project(size, cutoff)
+        finally:
+            work.budget.give_back(size - (batch.claimed if batch else 0))
         if batch is None:
             return
         if batch.claimed:

@@ -12,7 +12,7 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 from psycopg.pq import TransactionStatus
-from psycopg.types.json import Json
+from psycopg.types.json import Jsonb
 
 from everruns_pipelines.databases.postgres import Connection
 from everruns_pipelines.databases.sql_files import read_statements
@@ -23,6 +23,9 @@ from everruns_pipelines.reporting.selection import Facts, Part, make_selection
 
 _PURGE_SIZE = 10_000
 _FORGET_AFTER = 10  # looks at the queue
+# Of one batch: what some do not use of their share, others get. But not until it is full: where
+# others hold most, a look finds little, and what is taken stays locked meanwhile.
+_ROUNDS = 4
 
 # A queue has no statistics that hold for longer than a minute, nor has a table that grows. With
 # nothing but nested loops over indexes to choose from, a plan needs none, and can be kept.
@@ -150,7 +153,9 @@ class Outbox:
         Rows that others hold are passed over.
         """
         taken = Taken()
-        while taken.rows < size:
+        for _ in range(_ROUNDS):
+            if taken.rows == size:
+                break
             reached = self.reached.at()
             found = take(
                 self.connection,
@@ -159,7 +164,7 @@ class Outbox:
                 org_id=self.org_id,
                 size=size - taken.rows,
                 cutoff=cutoff,
-                reached=Json(reached),
+                reached=Jsonb(reached),
             )
             taken.add(found)
             if found.rows:

@@ -39,10 +39,14 @@ waiting AS MATERIALIZED (
     SELECT
         organization.org_id,
         reached.at,
-        -- What the shares do not use up goes to those whose rows have waited longest.
-        %(size)s / count(*) OVER () + (
-            row_number() OVER (ORDER BY due.next_attempt_at) <= %(size)s %% count(*) OVER ()
-        )::int AS share
+        -- What is over goes to those whose rows have waited longest; and so does all, if there are
+        -- more of them than rows to take.
+        greatest(
+            %(size)s / count(*) OVER () + (
+                row_number() OVER (ORDER BY due.next_attempt_at) <= %(size)s %% count(*) OVER ()
+            )::int,
+            1
+        ) AS share
     FROM organizations AS organization
     CROSS JOIN LATERAL (
         SELECT coalesce((%(reached)s::jsonb ->> org_id::text)::timestamptz, '-infinity') AS at
@@ -113,6 +117,8 @@ CROSS JOIN LATERAL (
     ORDER BY next_attempt_at
     LIMIT waiting.share
 ) AS due
+-- One organization after the other: what comes behind the last row is not even locked.
+LIMIT %(size)s
 
 -- name: take
 -- Rows that are due, into the selection, and of what kinds they are. One whose source id is malformed

@@ -144,15 +144,20 @@ def of_types(column: LiteralString, event_types: Iterable[str]) -> sql.Composabl
     return sql.SQL(column + " IN ({})").format(sql.SQL(", ").join(types))
 
 
-def projected_rows(fact: Fact, projection: Projection, selection: sql.SQL) -> sql.Composed:
+def projected_rows(
+    fact: Fact, projection: Projection, selection: sql.SQL, *, by_id: bool = False
+) -> sql.Composed:
     """The rows that `projection` makes of the selection: the fact's columns, in their order,
     then `rejected` and `reported`.
+
+    Args:
+        by_id: look what dimensions come from up by its id, and not by its organization.
     """
     return _made_rows(
         fact,
         projection,
         selected_rows(projection.source, projection.event_types, selection),
-        _joins("LEFT JOIN", _OF_ORG, projection),
+        _joins("LEFT JOIN", _OF_ORG_BY_ID if by_id else _OF_ORG, projection),
     )
 
 

@@ -61,7 +61,7 @@ def _hashed_rows(fact: Fact, projection: Projection) -> sql.Composed:
     notes = projection.rejects or projection.reports
     return sql.SQL(_NOTED_ROWS if notes else _PROJECTED_ROWS).format(
         hash=_hash(fact, "projected"),
-        projected=projected_rows(fact, projection, BETWEEN),
+        projected=projected_rows(fact, projection, BETWEEN, by_id=True),
         name=sql.Literal(fact.table),
     )
 

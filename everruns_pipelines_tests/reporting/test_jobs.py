@@ -10,10 +10,13 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.snap.snap_to_yaml import default_values_yaml_from_type_snap
+from dagster_shared.yaml_utils import load_run_config_yaml
 
 from everruns_pipelines.databases.postgres import Connection, PostgresDatabase
 from everruns_pipelines.definitions import build_definitions
 from everruns_pipelines.errors import Refusal
+from everruns_pipelines.orchestration.resources import PostgresResource
 from everruns_pipelines.reporting import database
 from everruns_pipelines.settings import Settings
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
@@ -340,6 +343,42 @@ def test_a_value_of_the_wrong_type_is_refused_before_the_run(
 ) -> None:
     with pytest.raises(dg.DagsterInvalidConfigError, match="limit"):
         Run(settings, "backfill_reporting", {"enqueue": {"limit": "many"}})
+
+
+def test_what_the_launchpad_proposes_works_though_it_masks_what_is_secret(
+    world: World, settings: Settings
+) -> None:
+    world.event(world.session(world.org()))
+    job = build_definitions(settings).resolve_job_def("backfill_reporting")
+    schema = job.get_config_schema_snapshot()
+    proposed: Any = load_run_config_yaml(
+        default_values_yaml_from_type_snap(
+            schema,
+            schema.get_config_snap(job.get_job_snapshot().mode_def_snaps[0].root_config_key or ""),
+        )
+    )
+    assert proposed["resources"]["everruns_postgres"]["config"]["postgres_url"] == "********"
+
+    result = job.execute_in_process(run_config=proposed)
+
+    assert result.output_for_node("project")["completed"] == 2
+
+
+def test_a_wrong_database_in_the_launchpad_is_refused_and_not_repeated(settings: Settings) -> None:
+    job = build_definitions(settings).resolve_job_def("project_reporting")
+    given = PostgresResource.of(settings).model_dump() | {"postgres_url": f"mysql://me:{SECRET}@x"}
+
+    with ephemeral() as instance:
+        result = job.execute_in_process(
+            run_config={"resources": {"everruns_postgres": {"config": given}}},
+            instance=instance,
+            raise_on_error=False,
+        )
+        told = "\n".join(repr(entry) for entry in instance.all_logs(result.run_id))
+
+    assert not result.success
+    assert "EVERRUNS_POSTGRES_URL: expected" in told
+    assert SECRET not in told
 
 
 @pytest.mark.parametrize("job", ["backfill_reporting", "project_reporting"])
