@@ -36,6 +36,7 @@ from everruns_pipelines_tests.reporting.world import (
     enqueue_all,
     materialize,
     rows,
+    rows_read,
     value,
     versions,
     wait_until,
@@ -221,6 +222,25 @@ def test_no_row_stays_locked_while_a_batch_waits_for_what_somebody_else_holds(
             connection.execute("SET lock_timeout = '5s'")
             connection.execute("SELECT FROM reporting_outbox FOR UPDATE")
         assert draining.result(60).completed == sources
+
+
+def test_what_a_lost_batch_was_allowed_to_take_others_may(
+    ready_world: World, postgres: PostgresDatabase
+) -> None:
+    connection = ready_world.connection
+    org = ready_world.org()
+    for _ in range(30):
+        ready_world.tool_call(org)
+    with postgres.connect() as blocker, ThreadPoolExecutor(1) as pool:
+        with blocker.transaction():
+            blocker.execute("LOCK TABLE fact_tool_call IN SHARE MODE")
+            draining = pool.submit(list, drain_in_parallel(postgres, max_rows=10))
+            wait_until(lambda: waiting(connection), "the batch to be at work")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+        assert sum(batch.completed for batch in draining.result(60)) == 10
 
 
 def test_who_is_told_to_stop_while_a_batch_waits_for_a_lock_ends_in_order(
@@ -416,19 +436,6 @@ def test_no_rows_are_asked_for_and_none_are_claimed(ready_world: World) -> None:
 
     assert drain_all(ready_world.connection, max_rows=0).claimed == 0
     assert by_status(ready_world.connection) == [("pending", 0, 1)]
-
-
-def rows_read(connection: Connection) -> int:
-    """Of all tables: entries of indexes, and rows of whole scans."""
-    connection.execute("SELECT pg_stat_force_next_flush()")
-    connection.execute("SELECT pg_stat_clear_snapshot()")
-    return int(
-        value(
-            connection,
-            "SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes)"
-            " + (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = 'public')",
-        )
-    )
 
 
 def test_plans_made_for_empty_tables_read_only_what_they_project_once_the_tables_are_large(

@@ -293,6 +293,31 @@ def test_taking_is_fair_so_that_no_tenant_waits_behind_anothers_many_rows(world:
     assert orgs == {big: 14, **dict.fromkeys(small, 2)}
 
 
+def test_what_others_hold_leaves_nothing_of_other_tenants_behind(
+    world: World, postgres: PostgresDatabase
+) -> None:
+    for number in range(6):
+        due = datetime.now(UTC) - HOUR + timedelta(minutes=number)
+        world.tool_call(world.org(), next_attempt_at=due)
+    with postgres.connect() as other, taken(other, 2):
+        assert drain_all(world.connection, batch_size=2).completed == 4
+
+
+def test_a_batch_is_not_filled_row_by_row_where_others_hold_most(
+    world: World, postgres: PostgresDatabase
+) -> None:
+    many = world.org()
+    for _ in range(9):
+        world.tool_call(world.org())
+    with postgres.connect() as other, taken(other, 9):
+        session = world.session(many)
+        for _ in range(50):
+            world.enqueue(many, "event", world.event(session))
+        with taken(world.connection, 20):
+            assert 0 < len(held(world.connection)) < 20
+        assert drain_all(world.connection, batch_size=20).completed == 50
+
+
 def test_taking_reads_what_it_takes_however_many_rows_another_tenant_has_waiting(
     world: World,
 ) -> None:

@@ -261,3 +261,16 @@ def waiting(connection: Connection) -> int:
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'",
     )
+
+
+def rows_read(connection: Connection) -> int:
+    """Of all tables: entries of indexes, and rows of whole scans."""
+    connection.execute("SELECT pg_stat_force_next_flush()")
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    return int(
+        value(
+            connection,
+            "SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes)"
+            " + (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = 'public')",
+        )
+    )
