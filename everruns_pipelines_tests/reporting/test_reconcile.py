@@ -18,6 +18,7 @@ from everruns_pipelines.reporting.reconcile import (
     compare_days,
     materialize_days,
 )
+from everruns_pipelines.reporting.right_days import right_days
 from everruns_pipelines_tests.reporting.adversarial import load_adversarial_sources
 from everruns_pipelines_tests.reporting.recompute import differences
 from everruns_pipelines_tests.reporting.world import (
@@ -31,6 +32,7 @@ from everruns_pipelines_tests.reporting.world import (
     materialize,
     purge_sessions,
     rows,
+    rows_read,
     value,
     versions,
     wait_until,
@@ -135,6 +137,23 @@ def test_missing_stale_superseded_misplaced_and_orphaned_rows_are_counted_and_ma
     assert differences(connection, orphans=True) == [
         f"fact_session 1 session:{session}: missing",
     ]
+
+
+def test_days_of_tables_that_nobody_has_analyzed_are_compared_session_by_session(
+    world: World,
+) -> None:
+    org = world.org()
+    for _ in range(400):
+        world.event(world.session(org))
+    materialize(world.connection)
+    [tool_call] = (fact for fact in FACTS if fact.table == "fact_tool_call")
+
+    before = rows_read(world.connection)
+    found = right_days(world.connection, tool_call, DAY, DAY)
+    read = rows_read(world.connection) - before
+
+    assert found[DAY].read == 400
+    assert read < 20 * 400
 
 
 def test_a_row_that_stands_in_the_wrong_day_is_found_from_there(world: World) -> None:
