@@ -48,6 +48,11 @@ class Rebuilt:
     #: Ids of the first refreshed items, and their fields that differed from what the span says.
     taken_back: Sequence[tuple[str, Sequence[str]]]
 
+    @property
+    def stale(self) -> int:
+        """Items with other values than their span says, and links that an item lacks."""
+        return self.refreshed + self.links_created
+
     def counts(self) -> dict[str, int]:
         """The counts under the names of the interface."""
         return {name: getattr(self, name) for name in _COUNTS}

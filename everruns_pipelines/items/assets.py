@@ -213,8 +213,7 @@ def item_assets(settings: Settings) -> ItemAssets:
             sum(one.processed + one.underway for one in would.values()),
             {
                 "missing": {day: one.inserted for day, one in would.items()},
-                # A link that is missing is a difference of the item that names it.
-                "stale": {day: one.refreshed + one.links_created for day, one in would.items()},
+                "stale": {day: one.stale for day, one in would.items()},
             },
             sum(one.underway for one in would.values()),
         )

@@ -181,7 +181,8 @@ def trial(settings: Settings) -> Message:
 
 def _begins(settings: Settings, problem: Problem) -> Message:
     lines = (
-        f"{problem.what}, since {_clock(problem.since)}.",
+        problem.what if problem.what.endswith(".") else f"{problem.what}.",
+        f"Since {_clock(problem.since)}.",
         f"To repair: {problem.repair}",
         _link(settings, problem.page),
     )

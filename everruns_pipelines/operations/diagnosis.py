@@ -217,9 +217,13 @@ class Diagnosis:
             for tables in (facts, [ITEMS])
         )
         found: list[str] = []
-        if self._overdue() or (in_facts and any(one.sources for one in self.anywhere.values())):
+        backfills = bool(
+            self._overdue() or (in_facts and any(one.sources for one in self.anywhere.values()))
+        )
+        if backfills:
             found.append("everruns-pipelines backfill --limit 10000")
-        elif in_facts:
+        # A backfill compares few values: what is stale otherwise it leaves as it is.
+        if in_facts and (not backfills or self.total("stale", *facts)):
             found.append("materialize these days of the facts: in the UI, or with `dg launch`")
         if in_items:
             found.append("materialize these days of the items: in the UI, or with `dg launch`")
@@ -364,7 +368,7 @@ def _items(
             day,
             would.processed + would.underway,
             would.inserted,
-            would.refreshed,
+            would.stale,
             0,
             would.underway,
             rejected=would.rejected + would.offloaded,

@@ -59,8 +59,9 @@ _PROMISES = {
     "orphaned": f"Every row of the last {_DAYS} days has a source, or one in the archive.",
 }
 _OF_REPORTING = {
-    DAMAGED: "No fact that was there, or that should be for long, is missing or stale: looked at "
-    "all history every few minutes, and healed by the run that the check names.",
+    DAMAGED: "No fact that was there, or that should be for long, is missing, or stale by what a "
+    "backfill compares: looked at all history every few minutes, and healed by the run that the "
+    "check names.",
     "parked": "No row of the outbox has failed so often that it is not tried any more.",
     "late": "No fact has a source that waits in the outbox for over 15 minutes.",
 }
@@ -148,7 +149,10 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
             [what] = (what for what in promises if key.name == check_name(what))
             rows = summary[what]
             not_known = unknown if what in _COMPARED else []
-            told = {"since": summary["oldest_missing"], "to_repair": "; ".join(summary["remedies"])}
+            told = {
+                "since": summary["oldest_missing"] if what in _COMPARED else None,
+                "to_repair": "; ".join(summary["remedies"]),
+            }
             yield dg.AssetCheckResult(
                 check_name=key.name,
                 passed=not rows and not not_known,

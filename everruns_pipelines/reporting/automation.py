@@ -198,7 +198,7 @@ def reporting_healing_sensor(
         memory = replace(memory, next_look=min(memory.next_look, memory.next_changes))
         reason = f"Only just changed, by source: {counts}. They wait for others"
     else:
-        reason = f"Nothing is missing or stale, as a look of {seconds:.2f} s has found"
+        reason = f"A backfill has nothing to do, as a look of {seconds:.2f} s has found"
     return memory.skipped(f"{reason}; the next look is at {clock(memory.next_look)}", news)
 
 

@@ -278,7 +278,7 @@ def test_what_is_missing_of_last_year_is_healed_and_then_there_is_a_pause(
     assert "The next look is at" in said(heal(instance, postgres, found.cursor))
     assert enqueue_missing(connection, BackfillRequest(limit=10_000))["enqueued"] > 0
     drain_all(connection)
-    assert "Nothing is missing or stale" in said(heal(instance, postgres))
+    assert "A backfill has nothing to do" in said(heal(instance, postgres))
 
 
 def test_sources_that_have_only_changed_wait_for_others_and_damage_does_not(
