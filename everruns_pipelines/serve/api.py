@@ -301,11 +301,13 @@ def _parsed(model: type[_Body], body: bytes) -> _Body:
         for one in found
     )
     told = [": ".join(filter(None, (".".join(field.loc), field.msg))) for field in fields]
-    raise Refusal(
-        "; ".join(told[:_MOST_TOLD]),
-        status=400 if fields[0].type == "json_invalid" else 422,
-        errors=fields[:_MOST_TOLD],
+    detail = "; ".join(told[:_MOST_TOLD])
+    if fields[0].type == "json_invalid":
+        raise Refusal(detail, status=400, errors=fields[:_MOST_TOLD])
+    allowed = ", ".join(
+        f"{name} ({field.description})" for name, field in model.model_fields.items()
     )
+    raise Refusal(f"{detail}. Allowed: {allowed}", status=422, errors=fields[:_MOST_TOLD])
 
 
 def _idempotency_key(request: Request) -> str | None:

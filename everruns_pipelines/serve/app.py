@@ -161,7 +161,12 @@ async def _not_here(request: Request, error: Exception) -> Response:
     """What Starlette says of a path or a method that is none of ours, in our own forms."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        refusal = Refusal("Not a method of this path", code="method_not_allowed", status=405)
+        allowed = (error.headers or {}).get("Allow", "none")
+        refusal = Refusal(
+            f"Not a method of this path; allowed: {allowed}",
+            code="method_not_allowed",
+            status=405,
+        )
     else:
         refusal = Refusal("There is nothing at this path", code="not_found_error", status=404)
     return refused(refusal, request.url.path, headers=error.headers)

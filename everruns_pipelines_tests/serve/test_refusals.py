@@ -71,6 +71,12 @@ def test_a_token_does_what_its_scopes_say(served: Served) -> None:
             422,
             "limits: Extra inputs are not permitted; org",
         ),
+        (
+            BACKFILL,
+            '{"limit": "5"}',
+            422,
+            "Allowed: limit (the most outbox rows to enqueue, from 1",
+        ),
         (REBUILD, "{}", 400, "Name a session or at least one run"),
         (REBUILD, '{"run_ids": []}', 400, "Name a session or at least one run"),
         (REBUILD, '{"session_id": "x"}', 422, "session_id must be a UUID"),
