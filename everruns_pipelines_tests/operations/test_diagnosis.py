@@ -235,6 +235,18 @@ def test_health_is_red_while_a_fact_of_any_age_is_missing(
     }
 
 
+def test_what_a_backfill_does_not_see_is_to_be_materialized_beside_it(
+    settings: Settings, sample: Connection
+) -> None:
+    sample.execute("DELETE FROM fact_turn")
+    sample.execute("UPDATE fact_tool_call SET duration_ms = duration_ms + 1")
+
+    backfill, materialize_facts = look(settings).remedies()
+
+    assert backfill == "everruns-pipelines backfill --limit 10000"
+    assert materialize_facts.startswith("materialize these days of the facts")
+
+
 def test_health_is_red_while_items_cannot_be_looked_at(
     instance: DagsterInstance, settings: Settings, sample: Connection
 ) -> None:
