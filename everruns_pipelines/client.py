@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -190,14 +191,11 @@ class Deployment:
         deadline = time.monotonic() + self.patience
         looks = 0
         while looks < _LOOKS_FOR_A_RUN and time.monotonic() < deadline:
-            try:
+            with suppress(_Away):
                 runs = self._ask(_FIND_RUN, {"tags": tags})["runsOrError"]["results"]
-            except _Away:
-                time.sleep(_LONGEST_POLL)
-                continue
-            if runs:
-                return str(runs[0]["runId"])
-            looks += 1
+                if runs:
+                    return str(runs[0]["runId"])
+                looks += 1
             time.sleep(_LONGEST_POLL)
         raise self._unreachable(f"{reason}. No run of this request was found")
 

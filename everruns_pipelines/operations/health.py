@@ -32,7 +32,7 @@ _ITEMS = "items"
 _FACTS = tuple(fact.table for fact in FACTS)
 _TABLES: Mapping[Part, Sequence[str]] = {"reporting": _FACTS, "items": (_ITEMS,)}
 _WRONG = ("missing", "stale", "orphaned")
-_COMPARED = ("missing", "stale")  # also of items
+_OF_ITEMS = ("missing", "stale")
 _LINES = (
     ("lag_seconds", "Lag in seconds", "#3455db"),
     ("backlog", "Backlog in rows", "#b25d12"),
@@ -148,9 +148,11 @@ def health_checks(settings: Settings) -> dg.AssetChecksDefinition:
         for key in context.selected_asset_check_keys:
             [what] = (what for what in promises if key.name == check_name(what))
             rows = summary[what]
-            not_known = unknown if what in _COMPARED else []
+            not_known = unknown if what in _OF_ITEMS else []
             told = {
-                "since": summary["oldest_missing"] if what in _COMPARED else None,
+                "since": summary["oldest_missing"]
+                if what in ("missing", "stale", DAMAGED)
+                else None,
                 "to_repair": "; ".join(summary["remedies"]),
             }
             yield dg.AssetCheckResult(
@@ -225,7 +227,7 @@ def _numbers(diagnosis: "Diagnosis") -> dict[str, int | float]:
             **{f"facts_{what}": diagnosis.total(what, *_FACTS) for what in _WRONG},
         }
     if "items" in diagnosis.parts and diagnosis.is_complete:
-        numbers |= {f"items_{what}": diagnosis.total(what, _ITEMS) for what in ("missing", "stale")}
+        numbers |= {f"items_{what}": diagnosis.total(what, _ITEMS) for what in _OF_ITEMS}
     return numbers
 
 
